@@ -1,0 +1,17 @@
+// Which instruction set the CPU kernels use on this machine. No torch here.
+#pragma once
+
+namespace cnnrnn {
+
+enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+const char* isa_name(Isa isa);
+
+// The widest set that this build holds and this machine runs.
+Isa best_isa();
+
+// best_isa(), or what CNNRNN_CPU_ISA (baseline, avx2, avx512) asks for.
+// Throws std::runtime_error for an unknown name or a set the machine lacks. Read once.
+Isa active_isa();
+
+}  // namespace cnnrnn

@@ -1,0 +1,74 @@
+// What the host files share: readable checks and typed access to stable-ABI tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace cnnrnn {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+// Throws std::runtime_error, which reaches Python as RuntimeError, torch's own type for bad operands.
+template <typename... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << "]";
+  return text.str();
+}
+
+// "weight_ih: expected shape [512, 64], got [64, 512]"
+inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
+  bool same = t.dim() == static_cast<int64_t>(expected.size());
+  for (size_t d = 0; same && d < expected.size(); ++d) same = t.size(d) == expected[d];
+  if (same) return;
+  std::ostringstream want;
+  for (size_t d = 0; d < expected.size(); ++d) want << (d ? ", " : "") << expected[d];
+  check(false, name, ": expected shape [", want.str(), "], got ", shape(t));
+}
+
+inline void check_like(const char* name, const Tensor& t, const char* of, const Tensor& other) {
+  check(t.scalar_type() == other.scalar_type(), name, " and ", of, " must have the same dtype");
+  check(t.device() == other.device(), name, " and ", of, " must be on the same device");
+}
+
+inline const Tensor* get(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+const T* data(const Tensor* t) {
+  return t ? data<T>(*t) : nullptr;
+}
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// A new tensor of x's device; dtype as x's unless given.
+inline Tensor empty_like_of(const Tensor& x, const std::vector<int64_t>& sizes,
+                            std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(x, sizes, dtype);
+}
+
+}  // namespace cnnrnn
