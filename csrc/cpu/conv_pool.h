@@ -5,6 +5,8 @@
 
 namespace cnnrnn {
 
-struct ConvPoolKernels;  // filled in below by the kernels' author
+struct ConvPoolKernels {};
+
+extern const ConvPoolKernels conv_pool_baseline, conv_pool_avx2, conv_pool_avx512;
 
 }  // namespace cnnrnn

@@ -1,0 +1,6 @@
+// Every CPU kernel, compiled for avx512. Only our own code may stand in these files: an inline function of
+// std or torch compiled with wide flags could be merged into code that runs on every machine.
+
+#define CNNRNN_ISA avx512
+#include "conv_pool_kernels.h"
+#include "rnn_kernels.h"

@@ -1,0 +1,2 @@
+#include "tensor.h"
+#include "cpu/rnn.h"
