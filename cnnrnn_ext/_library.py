@@ -1,0 +1,120 @@
+"""Loads the compiled libraries once, and says what was built, what loaded, and why not.
+
+Nothing else in the package touches a ``.so``; everyone asks ``kernel_for``.
+"""
+
+import functools
+import importlib
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+OPERATORS = ("conv_pool2d", "lstm", "lstm_cell")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Which dtypes have a kernel of their own, per device. What is missing here runs on the reference.
+_COMPILED_DTYPES = {
+    "cpu": {torch.float32, torch.float64},
+    "cuda": {torch.float32, torch.float64},
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """One compiled library: loaded, or the reason why not."""
+
+    name: str
+    device: str
+    loaded: bool
+    reason: str | None
+
+
+def _build_record():
+    try:
+        return json.loads((HERE / "_build.json").read_text())
+    except FileNotFoundError:
+        return {"cpu": "the package was not built (no build record): run from an installed package"}
+
+
+def _diagnose(error):
+    symbol = re.search(r"undefined symbol: (\S+)", str(error))
+    cause = f"symbol {symbol[1]} is missing in the installed torch" if symbol else str(error)
+    return (
+        f"{cause}; installed torch is {torch.__version__}, the library needs torch >= 2.10. "
+        "Rebuild it into this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
+    )
+
+
+def _load(name, device, built_reason, usable_reason):
+    path = HERE / f"{name}.so"
+    if not path.exists():
+        return Library(name, device, False, built_reason or f"{path.name} is not in the package")
+    if usable_reason:
+        return Library(name, device, False, usable_reason)
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Library(name, device, False, _diagnose(error))
+    return Library(name, device, True, None)
+
+
+@functools.cache
+def libraries():
+    """{"cpu": Library, "cuda": Library}. The first call loads them."""
+    record = _build_record()
+    cpu = _load("_ops_cpu", "cpu", record.get("cpu"), None)
+    no_cuda = None if torch.version.cuda else "the installed torch is a CPU build"
+    if not cpu.loaded:
+        no_cuda = "it needs the C++ library, which is not loaded"
+    cuda = _load("_ops_cuda", "cuda", record.get("cuda"), no_cuda)
+    if not cpu.loaded:
+        message = f"cnnrnn_ext runs without compiled kernels, on plain PyTorch: {cpu.reason}"
+        if os.environ.get("CNNRNN_REQUIRE_EXT", "") in ("1", "on", "true"):
+            raise ImportError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return {"cpu": cpu, "cuda": cuda}
+
+
+@functools.cache
+def build_module():
+    """The pybind11 module ``_C``, or None where it was not built."""
+    try:
+        return importlib.import_module("cnnrnn_ext._C")
+    except ImportError:
+        return None
+
+
+def _find_kernel(device, dtype):
+    library = libraries()[device]
+    if not library.loaded:
+        return None, library.reason
+    if dtype not in _COMPILED_DTYPES[device]:
+        return None, f"no {device} kernel for {dtype}"
+    if device == "cuda":
+        return "cuda", None
+    if dtype == torch.float64:
+        return "cpu/generic", None
+    module = build_module()
+    return ("cpu/" + module.active_isa() if module else "cpu"), None
+
+
+def kernel_for(device, dtype):
+    """(kernel, None) such as ("cpu/avx512", None), or (None, the reason why there is none)."""
+    return KERNELS.get((device, dtype)) or (None, f"no {device} kernel for {dtype}")
+
+
+def schemas():
+    """Every operator's schema string, from the file that the C++ library compiles in."""
+    text = (HERE / "operators.schema").read_text()
+    lines = text.removeprefix('R"schema(').removesuffix(')schema"\n').splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+# A plain table, so that torch.compile can trace through a look-up.
+KERNELS = {(device, dtype): _find_kernel(device, dtype) for device in _COMPILED_DTYPES for dtype in DTYPES}

@@ -1,0 +1,5 @@
+"""Models that join a CNN with an RNN."""
+
+from cnnrnn_ext.models.cnnrnn import CNNRNN
+
+__all__ = ["CNNRNN"]
