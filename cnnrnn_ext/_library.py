@@ -98,8 +98,6 @@ def _find_kernel(device, dtype):
         return None, f"no {device} kernel for {dtype}"
     if device == "cuda":
         return "cuda", None
-    if dtype == torch.float64:
-        return "cpu/generic", None
     module = build_module()
     return ("cpu/" + module.active_isa() if module else "cpu"), None
 

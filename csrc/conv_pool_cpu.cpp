@@ -1,2 +1,269 @@
-#include "tensor.h"
+// conv_pool on the CPU: check -> allocate -> pack -> call the kernels in parallel.
+
+#include <algorithm>
+
+#include "cpu/capability.h"
 #include "cpu/conv_pool.h"
+#include "tensor.h"
+
+namespace cnnrnn {
+namespace {
+
+using torch::stable::parallel_for;
+using Ints = std::vector<int64_t>;
+
+const ConvPoolKernels& kernels() {
+  static const ConvPoolKernels& table = [&]() -> const ConvPoolKernels& {
+#if defined(__x86_64__)
+    if (active_isa() == Isa::kAvx512) return conv_pool_avx512;
+    if (active_isa() == Isa::kAvx2) return conv_pool_avx2;
+#endif
+    return conv_pool_baseline;
+  }();
+  return table;
+}
+
+template <typename T>
+const ConvPoolKernelsOf<T>& kernels_of();
+template <>
+const ConvPoolKernelsOf<float>& kernels_of<float>() {
+  return kernels().f32;
+}
+template <>
+const ConvPoolKernelsOf<double>& kernels_of<double>() {
+  return kernels().f64;
+}
+
+// The arguments that every form of the operator shares.
+struct Config {
+  Ints stride, padding, dilation;
+  int64_t groups;
+  std::string activation, pool;
+  Ints window, step, margin;
+  bool ceil_mode;
+};
+
+Pair pair(const char* name, const Ints& values, int64_t least) {
+  check(values.size() == 2, name, ": expected 2 values, got ", values.size());
+  check(values[0] >= least && values[1] >= least, name, ": expected values >= ", least, ", got (", values[0],
+        ", ", values[1], ")");
+  return {values[0], values[1]};
+}
+
+int64_t convolved(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
+  return span < 0 ? 0 : span / stride + 1;
+}
+
+// torch's rule: in ceil_mode the last window may hang over, but must begin inside.
+int64_t pooled(int64_t size, int64_t window, int64_t step, int64_t margin, bool ceil_mode) {
+  const int64_t span = size + 2 * margin - window + (ceil_mode ? step - 1 : 0);
+  if (span < 0) return 0;
+  const int64_t count = span / step + 1;
+  return ceil_mode && (count - 1) * step >= size + margin ? count - 1 : count;
+}
+
+// Whether outputs of x take NHWC order: x is laid out so, and not also in NCHW order.
+bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+Tensor in_layout(const Tensor& t, bool channels_last) {
+  return torch::stable::contiguous(
+      t, channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+Tensor empty_image(const Tensor& like, const ConvPoolShape& s, int64_t channels, Pair size, ScalarType dtype) {
+  const auto format =
+      s.channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  return torch::stable::empty({s.batch, channels, size.h, size.w}, dtype, torch::headeronly::Layout::Strided,
+                              like.device(), false, format);
+}
+
+ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Config& c) {
+  check(x.dim() == 4, "x: expected shape [N, C, H, W], got ", shape(x));
+  check(weight.dim() == 4, "weight: expected shape [K, C/groups, KH, KW], got ", shape(weight));
+  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+        "x: the CPU kernels of conv_pool2d take float32 or float64");
+  check_like("weight", weight, "x", x);
+  check(c.groups > 0, "groups: expected a positive number, got ", c.groups);
+  check(x.size(1) == weight.size(1) * c.groups, "x: expected ", weight.size(1) * c.groups,
+        " channels for weight ", shape(weight), " and groups=", c.groups, ", got ", shape(x));
+  check(weight.size(0) % c.groups == 0, "weight: its ", weight.size(0), " outputs are not divisible by groups=",
+        c.groups);
+  check(weight.numel() > 0, "weight: expected non-zero sizes, got ", shape(weight));
+  if (bias) {
+    check_like("bias", *bias, "x", x);
+    check_shape("bias", *bias, {weight.size(0)});
+  }
+  check(c.pool == "max", "pool: the CPU kernels cover 'max', got '", c.pool, "'");
+  check(c.activation == "relu" || c.activation == "none", "activation: the CPU kernels cover 'relu' and 'none', got '",
+        c.activation, "'");
+  ConvPoolShape s{};
+  s.batch = x.size(0), s.channels = x.size(1), s.outputs = weight.size(0), s.groups = c.groups;
+  s.input = {x.size(2), x.size(3)};
+  s.kernel = {weight.size(2), weight.size(3)};
+  s.stride = pair("stride", c.stride, 1);
+  s.padding = pair("padding", c.padding, 0);
+  s.dilation = pair("dilation", c.dilation, 1);
+  s.window = pair("pool_size", c.window, 1);
+  s.step = pair("pool_stride", c.step, 1);
+  s.margin = pair("pool_padding", c.margin, 0);
+  check(s.positions() <= kDead, "pool_size: expected at most ", int{kDead}, " positions, got ", s.positions());
+  check(2 * s.margin.h <= s.window.h && 2 * s.margin.w <= s.window.w,
+        "pool_padding: expected at most half of pool_size");
+  s.conv = {convolved(s.input.h, s.kernel.h, s.stride.h, s.padding.h, s.dilation.h),
+            convolved(s.input.w, s.kernel.w, s.stride.w, s.padding.w, s.dilation.w)};
+  check(s.conv.h > 0 && s.conv.w > 0, "x: the kernel ", shape(weight), " is larger than the padded input ", shape(x));
+  s.pooled = {pooled(s.conv.h, s.window.h, s.step.h, s.margin.h, c.ceil_mode),
+              pooled(s.conv.w, s.window.w, s.step.w, s.margin.w, c.ceil_mode)};
+  check(s.pooled.h > 0 && s.pooled.w > 0, "pool_size: the window (", s.window.h, ", ", s.window.w,
+        ") is larger than the convolution's output (", s.conv.h, ", ", s.conv.w, ")");
+  s.relu = c.activation == "relu";
+  s.channels_last = is_channels_last(x);
+  return s;
+}
+
+// A cache line holds what one slice writes alone.
+Tensor scratch_for(const Tensor& like, int64_t slices, int64_t bytes) {
+  return empty_like_of(like, {std::max<int64_t>(1, slices * (bytes + 64) + 64)}, ScalarType::Byte);
+}
+
+char* aligned(void* memory) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+}
+
+// Cuts `units` into one contiguous slice per thread and runs body(slice, begin, end, scratch). The cut depends on
+// the thread count alone, so results repeat bit by bit.
+template <typename Body>
+void in_slices(const Tensor& like, int64_t units, int64_t scratch_bytes, const Body& body) {
+  const int64_t slices = std::min<int64_t>(units, torch::stable::get_num_threads());
+  if (slices == 0) return;
+  const int64_t stride = (scratch_bytes + 127) / 64 * 64;
+  Tensor memory = scratch_for(like, slices, stride);
+  char* scratch = aligned(memory.mutable_data_ptr());
+  parallel_for(0, slices, 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i)
+      body(i, units * i / slices, units * (i + 1) / slices, scratch + i * stride);
+  });
+}
+
+template <typename T>
+void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Tensor& y,
+                 Tensor* code) {
+  const auto& kernel = kernels_of<T>();
+  Tensor packed = empty_like_of(x, {kernel.forward_packed_size(s)});
+  kernel.forward_pack(s, data<T>(weight), data<T>(get(bias)), mutable_data<T>(packed));
+  in_slices(x, kernel.forward_units(s), kernel.forward_scratch_bytes(s),
+            [&](int64_t, int64_t begin, int64_t end, char* scratch) {
+              kernel.forward(s, data<T>(x), data<T>(packed), mutable_data<T>(y),
+                             code ? mutable_data<uint8_t>(*code) : nullptr, scratch, begin, end);
+            });
+}
+
+template <typename T>
+void run_weight_gradient(const ConvPoolShape& s, const Tensor& grad_y, const Tensor& x, const Tensor& code,
+                         Tensor* grad_weight, Tensor* grad_bias) {
+  const auto& kernel = kernels_of<T>();
+  const int64_t units = kernel.weight_units(s), size = kernel.weight_partial_size(s);
+  const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(units, torch::stable::get_num_threads()));
+  Tensor partials = torch::stable::new_zeros(x, {slices, size});
+  in_slices(x, units, kernel.weight_scratch_bytes(s), [&](int64_t slice, int64_t begin, int64_t end, char* scratch) {
+    kernel.weight(s, data<T>(x), data<T>(grad_y), data<uint8_t>(code), mutable_data<T>(partials) + slice * size,
+                  scratch, begin, end);
+  });
+  kernel.weight_reduce(s, data<T>(partials), slices, grad_weight ? mutable_data<T>(*grad_weight) : nullptr,
+                       grad_bias ? mutable_data<T>(*grad_bias) : nullptr);
+}
+
+template <typename T>
+void run_input_gradient(const ConvPoolShape& s, const Tensor& grad_y, const Tensor& weight, const Tensor& code,
+                        Tensor& grad_x) {
+  const auto& kernel = kernels_of<T>();
+  Tensor packed = empty_like_of(grad_y, {kernel.input_packed_size(s)});
+  kernel.input_pack(s, data<T>(weight), mutable_data<T>(packed));
+  in_slices(grad_y, kernel.input_units(s), kernel.input_scratch_bytes(s),
+            [&](int64_t, int64_t begin, int64_t end, char* scratch) {
+              kernel.input(s, data<T>(packed), data<T>(grad_y), data<uint8_t>(code), mutable_data<T>(grad_x), scratch,
+                           begin, end);
+            });
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& bias_any,
+                                   const Config& config, bool train) {
+  const ConvPoolShape s = check_arguments(x_any, weight_any, bias_any, config);
+  const Tensor x = in_layout(x_any, s.channels_last), weight = in_layout(weight_any, false);
+  OptionalTensor bias;
+  if (bias_any) bias = torch::stable::contiguous(*bias_any);
+  Tensor y = empty_image(x, s, s.outputs, s.pooled, x.scalar_type());
+  Tensor code = train ? empty_image(x, s, s.outputs, s.pooled, ScalarType::Byte) : y;
+  const auto run = x.scalar_type() == ScalarType::Float ? run_forward<float> : run_forward<double>;
+  run(s, x, weight, bias, y, train ? &code : nullptr);
+  return {y, code};
+}
+
+Tensor conv_pool2d(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, Ints dilation,
+                   int64_t groups, std::string activation, std::string pool, Ints pool_size, Ints pool_stride,
+                   Ints pool_padding, bool ceil_mode) {
+  return std::get<0>(forward(x, weight, bias,
+                             {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride,
+                              pool_padding, ceil_mode},
+                             false));
+}
+
+std::tuple<Tensor, Tensor> conv_pool2d_train(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding,
+                                             Ints dilation, int64_t groups, std::string activation, std::string pool,
+                                             Ints pool_size, Ints pool_stride, Ints pool_padding, bool ceil_mode) {
+  return forward(x, weight, bias,
+                 {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
+                 true);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y_any, Tensor x_any, Tensor weight_any,
+                                                        OptionalTensor bias, Tensor code_any, Ints stride,
+                                                        Ints padding, Ints dilation, int64_t groups,
+                                                        std::string activation, std::string pool, Ints pool_size,
+                                                        Ints pool_stride, Ints pool_padding, bool ceil_mode,
+                                                        bool need_x, bool need_weight, bool need_bias) {
+  const ConvPoolShape s = check_arguments(
+      x_any, weight_any, bias,
+      {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+  const std::vector<int64_t> out = {s.batch, s.outputs, s.pooled.h, s.pooled.w};
+  check_shape("grad_y", grad_y_any, out);
+  check_shape("code", code_any, out);
+  check_like("grad_y", grad_y_any, "x", x_any);
+  check(code_any.scalar_type() == ScalarType::Byte, "code: expected dtype uint8");
+  const Tensor grad_y = in_layout(grad_y_any, s.channels_last), code = in_layout(code_any, s.channels_last);
+  const bool single = grad_y.scalar_type() == ScalarType::Float;
+  const Tensor none = empty_like_of(grad_y, {0});
+  Tensor grad_x = none, grad_weight = none, grad_bias = none;
+  if (need_x) {
+    const Tensor weight = in_layout(weight_any, false);
+    grad_x = empty_image(grad_y, s, s.channels, s.input, grad_y.scalar_type());
+    (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad_y, weight, code, grad_x);
+  }
+  if (need_weight || need_bias) {
+    const Tensor x = in_layout(x_any, s.channels_last);
+    if (need_weight) grad_weight = empty_like_of(grad_y, {s.outputs, s.group_channels(), s.kernel.h, s.kernel.w});
+    if (need_bias) grad_bias = empty_like_of(grad_y, {s.outputs});
+    (single ? run_weight_gradient<float> : run_weight_gradient<double>)(
+        s, grad_y, x, code, need_weight ? &grad_weight : nullptr, need_bias ? &grad_bias : nullptr);
+  }
+  return {grad_x, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cnnrnn_ext, CPU, library) {
+  library.impl("conv_pool2d", TORCH_BOX(&conv_pool2d));
+  library.impl("conv_pool2d_train", TORCH_BOX(&conv_pool2d_train));
+  library.impl("conv_pool2d_backward", TORCH_BOX(&conv_pool2d_backward));
+}
+
+}  // namespace cnnrnn

@@ -5,7 +5,60 @@
 
 namespace cnnrnn {
 
-struct ConvPoolKernels {};
+constexpr uint8_t kDead = 255;  // code of an output that passes no gradient
+
+struct Pair {
+  int64_t h, w;
+};
+
+// One call: y [N, K, pooled] = max_pool(relu?(conv(x [N, C, input], weight [K, C / groups, kernel]))).
+struct ConvPoolShape {
+  int64_t batch, channels, outputs, groups;  // N, C, K
+  Pair input, kernel, stride, padding, dilation;
+  Pair conv;                          // size of the map before the pool
+  Pair window, step, margin, pooled;  // pool: window size, stride, padding, output size
+  bool relu;
+  bool channels_last;  // of x, y, code and their gradients
+
+  int64_t group_channels() const { return channels / groups; }
+  int64_t group_outputs() const { return outputs / groups; }
+  int64_t positions() const { return window.h * window.w; }
+  int64_t windows() const { return pooled.h * pooled.w; }
+};
+
+// Every function works on units [begin, end) of its own kind, which the host file spreads over threads;
+// scratch belongs to one such call alone.
+template <typename T>
+struct ConvPoolKernelsOf {
+  // Forward. code may be null.
+  int64_t (*forward_packed_size)(const ConvPoolShape&);
+  void (*forward_pack)(const ConvPoolShape&, const T* weight, const T* bias, T* packed);
+  int64_t (*forward_units)(const ConvPoolShape&);
+  int64_t (*forward_scratch_bytes)(const ConvPoolShape&);
+  void (*forward)(const ConvPoolShape&, const T* x, const T* packed, T* y, uint8_t* code, void* scratch,
+                  int64_t begin, int64_t end);
+
+  // Gradients of weight and bias: each call adds into a zeroed partial of its own, reduced afterwards.
+  int64_t (*weight_partial_size)(const ConvPoolShape&);
+  int64_t (*weight_units)(const ConvPoolShape&);
+  int64_t (*weight_scratch_bytes)(const ConvPoolShape&);
+  void (*weight)(const ConvPoolShape&, const T* x, const T* grad_y, const uint8_t* code, T* partial,
+                 void* scratch, int64_t begin, int64_t end);
+  void (*weight_reduce)(const ConvPoolShape&, const T* partials, int64_t count, T* grad_weight, T* grad_bias);
+
+  // Gradient of x.
+  int64_t (*input_packed_size)(const ConvPoolShape&);
+  void (*input_pack)(const ConvPoolShape&, const T* weight, T* packed);
+  int64_t (*input_units)(const ConvPoolShape&);
+  int64_t (*input_scratch_bytes)(const ConvPoolShape&);
+  void (*input)(const ConvPoolShape&, const T* packed, const T* grad_y, const uint8_t* code, T* grad_x,
+                void* scratch, int64_t begin, int64_t end);
+};
+
+struct ConvPoolKernels {
+  ConvPoolKernelsOf<float> f32;
+  ConvPoolKernelsOf<double> f64;
+};
 
 extern const ConvPoolKernels conv_pool_baseline, conv_pool_avx2, conv_pool_avx512;
 

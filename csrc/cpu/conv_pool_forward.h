@@ -1,0 +1,375 @@
+// conv_pool forward: convolution, bias, ReLU, max and the winner's code, without the map before the pool.
+//
+// One vector runs over output channels; a tile is kPixels convolution outputs of up to kBlockVectors
+// vectors, held in registers over all taps. Where windows of 2 or 4 positions do not overlap, the tile is
+// made of whole windows and the pool is an elementwise maximum between its registers. Other pools go
+// through a buffer that stays in cache.
+#pragma once
+
+#include "conv_pool.h"
+#include "transpose.h"
+
+namespace {
+
+using cnnrnn::ConvPoolShape;
+using cnnrnn::kDead;
+using cnnrnn::Pair;
+
+constexpr int kPixels = kVectorRegisters == 32 ? 12 : 4;
+constexpr int kBlockVectors = 2;
+constexpr int64_t kTileWindows = 96;    // windows of a strip: y and codes of a block stay in L1
+constexpr int64_t kStripPixels = 2048;  // convolution outputs of a strip that goes through the buffer
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A part of a scratch area; parts begin at cache lines.
+template <typename T>
+T* carve(char*& scratch, int64_t count) {
+  T* part = reinterpret_cast<T*>(scratch);
+  scratch += round_up(count * sizeof(T), 64);
+  return part;
+}
+inline int64_t carved_bytes(int64_t count, int64_t size) { return round_up(count * size, 64); }
+
+// How one call is cut up. A strip is a run of pooled rows of one image.
+template <typename T>
+struct ForwardPlan {
+  int64_t taps, vectors;     // of one group
+  bool in_registers;         // whole windows in one tile
+  bool padded;               // x is copied into a zero-padded strip first
+  int64_t rows, strips;      // pooled rows of a strip, strips of an image
+  int64_t conv_rows;         // convolution rows that a strip needs at most
+  int64_t in_rows, in_cols;  // of the padded strip
+  int64_t row_stride, pixel_stride, channel_stride;  // of what the taps read
+
+  explicit ForwardPlan(const ConvPoolShape& s) {
+    taps = s.group_channels() * s.kernel.h * s.kernel.w;
+    vectors = ceil_div(s.group_outputs(), kLanesOf<T>);
+    const bool disjoint = s.step.h >= s.window.h && s.step.w >= s.window.w && s.margin.h + s.margin.w == 0;
+    in_registers = disjoint && (s.positions() == 2 || s.positions() == 4);
+    rows = in_registers ? kTileWindows / s.pooled.w : kStripPixels / (s.conv.w * s.step.h);
+    rows = smaller(larger(rows, 1), s.pooled.h);
+    strips = ceil_div(s.pooled.h, rows);
+    rows = ceil_div(s.pooled.h, strips);  // even strips
+    strips = ceil_div(s.pooled.h, rows);
+    conv_rows = (rows - 1) * s.step.h + s.window.h;
+    padded = s.padding.h + s.padding.w > 0;
+    in_rows = (conv_rows - 1) * s.stride.h + (s.kernel.h - 1) * s.dilation.h + 1;
+    in_cols = s.input.w + 2 * s.padding.w;
+    const int64_t height = padded ? in_rows : s.input.h, width = padded ? in_cols : s.input.w;
+    pixel_stride = s.channels_last ? s.channels : 1;
+    row_stride = width * pixel_stride;
+    channel_stride = s.channels_last ? 1 : height * width;
+  }
+
+  int64_t packed_vectors() const { return vectors * (taps + 1); }  // of one group: bias, then taps
+  int64_t tile_pixels(const ConvPoolShape& s) const {              // offsets of a strip's tiles
+    const int64_t count = in_registers ? rows * s.pooled.w * s.positions() : conv_rows * s.conv.w;
+    return round_up(count, kPixels) + kPixels;
+  }
+  int64_t input_size(const ConvPoolShape& s) const { return padded ? s.channels * in_rows * in_cols : 0; }
+  int64_t block_lanes() const { return kBlockVectors * kLanesOf<T>; }
+  int64_t map_size(const ConvPoolShape& s) const {
+    return in_registers ? 0 : tile_pixels(s) * block_lanes();
+  }
+  int64_t out_size(const ConvPoolShape& s) const { return (rows * s.pooled.w + kPixels) * block_lanes(); }
+};
+
+template <typename T>
+int64_t forward_packed_size(const ConvPoolShape& s) {
+  return s.groups * ForwardPlan<T>(s).packed_vectors() * kLanesOf<T>;
+}
+
+template <typename T>
+int64_t forward_units(const ConvPoolShape& s) {
+  return s.batch * ForwardPlan<T>(s).strips;
+}
+
+template <typename T>
+int64_t forward_scratch_bytes(const ConvPoolShape& s) {
+  const ForwardPlan<T> plan(s);
+  return carved_bytes(plan.taps, sizeof(int64_t)) + 2 * carved_bytes(plan.tile_pixels(s), sizeof(int64_t)) +
+         carved_bytes(plan.input_size(s), sizeof(T)) + carved_bytes(plan.map_size(s), sizeof(T)) +
+         2 * carved_bytes(plan.out_size(s), sizeof(T));
+}
+
+// weight [K, C/G, KH, KW], bias [K] or null -> per group and block of vectors: bias, then one row a tap.
+template <typename T>
+void forward_pack(const ConvPoolShape& s, const T* weight, const T* bias, T* packed) {
+  const ForwardPlan<T> plan(s);
+  const int64_t outputs = s.group_outputs();
+  for (int64_t g = 0; g < s.groups; ++g) {
+    for (int64_t v = 0; v < plan.vectors; v += kBlockVectors) {
+      const int64_t lanes = smaller(kBlockVectors, plan.vectors - v) * kLanesOf<T>;
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t k = v * kLanesOf<T> + lane;
+        const bool real = k < outputs;
+        const int64_t row = g * outputs + k;
+        packed[lane] = real && bias ? bias[row] : T(0);
+        const T* w = weight + row * plan.taps;
+        for (int64_t t = 0; t < plan.taps; ++t) packed[(t + 1) * lanes + lane] = real ? w[t] : T(0);
+      }
+      packed += lanes * (plan.taps + 1);
+    }
+  }
+}
+
+// Where tap (c, ky, kx) stands relative to a pixel, in the order of the weights.
+template <typename T>
+void fill_taps(const ConvPoolShape& s, const ForwardPlan<T>& plan, int64_t* taps) {
+  for (int64_t c = 0; c < s.group_channels(); ++c)
+    for (int64_t ky = 0; ky < s.kernel.h; ++ky)
+      for (int64_t kx = 0; kx < s.kernel.w; ++kx)
+        *taps++ = c * plan.channel_stride + ky * s.dilation.h * plan.row_stride +
+                  kx * s.dilation.w * plan.pixel_stride;
+}
+
+// Where each pixel of a strip's tiles stands, relative to the strip's first convolution row; the first row
+// itself is `first` of the map. Returns their count; fills up the last tile.
+template <typename T>
+int64_t fill_pixels(const ConvPoolShape& s, const ForwardPlan<T>& plan, int64_t first, int64_t pooled_rows,
+                    int64_t conv_rows, int64_t* pixels) {
+  const int64_t down = s.stride.h * plan.row_stride, right = s.stride.w * plan.pixel_stride;
+  int64_t count = 0;
+  if (plan.in_registers) {
+    for (int64_t py = 0; py < pooled_rows; ++py)
+      for (int64_t px = 0; px < s.pooled.w; ++px)
+        for (int64_t dy = 0; dy < s.window.h; ++dy)
+          for (int64_t dx = 0; dx < s.window.w; ++dx) {
+            int64_t y = py * s.step.h + dy, x = px * s.step.w + dx;
+            // Beyond the map (ceil_mode) stands the window's first pixel again: a copy never wins.
+            if (first + y >= s.conv.h || x >= s.conv.w) y = py * s.step.h, x = px * s.step.w;
+            pixels[count++] = y * down + x * right;
+          }
+  } else {
+    for (int64_t y = 0; y < conv_rows; ++y)
+      for (int64_t x = 0; x < s.conv.w; ++x) pixels[count++] = y * down + x * right;
+  }
+  for (int64_t i = 0; i < kPixels; ++i) pixels[count + i] = 0;
+  return count;
+}
+
+// Copies input rows [first, first + rows) of one image into the strip, zeros where the padding is.
+template <typename T>
+void pad_input(const ConvPoolShape& s, const ForwardPlan<T>& plan, const T* image, int64_t first, int64_t rows,
+               T* strip) {
+  const int64_t planes = s.channels_last ? 1 : s.channels, unit = plan.pixel_stride;
+  const int64_t left = s.padding.w * unit, middle = s.input.w * unit;
+  for (int64_t p = 0; p < planes; ++p) {
+    for (int64_t r = 0; r < rows; ++r) {
+      T* row = strip + p * plan.channel_stride + r * plan.row_stride;
+      const int64_t y = first + r;
+      if (y < 0 || y >= s.input.h) {
+        __builtin_memset(row, 0, plan.row_stride * sizeof(T));
+        continue;
+      }
+      __builtin_memset(row, 0, left * sizeof(T));
+      __builtin_memcpy(row + left, image + (p * s.input.h + y) * middle, middle * sizeof(T));
+      __builtin_memset(row + left + middle, 0, left * sizeof(T));
+    }
+  }
+}
+
+// The convolution of kPixels pixels for V vectors of output channels. packed: bias, then one row a tap.
+template <typename T, int V>
+CNNRNN_INLINE void convolve(const T* base, const int64_t* pixels, const int64_t* taps, int64_t count,
+                            const T* packed, Vec<T> (&acc)[kPixels][V]) {
+  constexpr int L = kLanesOf<T>;
+  const T* at[kPixels];
+#pragma GCC unroll 16
+  for (int p = 0; p < kPixels; ++p) {
+    at[p] = base + pixels[p];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[p][v] = loadu(packed + v * L);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    packed += V * L;
+    const int64_t offset = taps[t];
+    Vec<T> w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) w[v] = loadu(packed + v * L);
+#pragma GCC unroll 16
+    for (int p = 0; p < kPixels; ++p) {
+      const Vec<T> x = broadcast(at[p][offset]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[p][v] += x * w[v];
+    }
+  }
+}
+
+template <typename T>
+using Code = typename Simd<T>::I;
+
+template <typename T>
+CNNRNN_INLINE Code<T> code_of(int64_t position) {
+  return Code<T>{} + static_cast<decltype(Code<T>{}[0] + 0)>(position);
+}
+
+// torch's rule: a later value wins if greater, or if it is NaN.
+template <typename T>
+CNNRNN_INLINE void compete(Vec<T> value, Code<T> position, Vec<T>& best, Code<T>& code) {
+  const Code<T> wins = (value > best) | (value != value);
+  best = wins ? value : best;
+  code = wins ? position : code;
+}
+
+// ReLU of the pooled value (max and ReLU commute) and the codes of windows that pass no gradient.
+template <typename T>
+CNNRNN_INLINE void finish(bool relu, Vec<T> best, Code<T> code, T* y, T* codes) {
+  if (relu) {
+    const Code<T> dead = best <= Vec<T>{};
+    best = dead ? Vec<T>{} : best;
+    code = dead ? code_of<T>(kDead) : code;
+  }
+  storeu(y, best);
+  storeu(codes, reinterpret_cast<Vec<T>>(code));
+}
+
+// One tile made of whole windows of Q positions: the pool is between registers.
+template <typename T, int V, int Q>
+CNNRNN_INLINE void pool_in_registers(bool relu, const Vec<T> (&acc)[kPixels][V], T* y, T* codes) {
+  constexpr int L = kLanesOf<T>;
+#pragma GCC unroll 16
+  for (int window = 0; window < kPixels / Q; ++window) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      Vec<T> best = acc[window * Q][v];
+      Code<T> code{};
+#pragma GCC unroll 4
+      for (int q = 1; q < Q; ++q) compete<T>(acc[window * Q + q][v], code_of<T>(q), best, code);
+      finish<T>(relu, best, code, y + (window * V + v) * L, codes + (window * V + v) * L);
+    }
+  }
+}
+
+// Pools the map [conv_rows, conv.w, V * L] of a strip whose first row is `first` of the whole map.
+template <typename T, int V>
+void pool_map(const ConvPoolShape& s, const T* map, int64_t first, int64_t pooled_from, int64_t pooled_rows,
+              T* y, T* codes) {
+  constexpr int L = kLanesOf<T>;
+  for (int64_t py = pooled_from; py < pooled_from + pooled_rows; ++py) {
+    for (int64_t px = 0; px < s.pooled.w; ++px) {
+      const int64_t y0 = py * s.step.h - s.margin.h, x0 = px * s.step.w - s.margin.w;
+      const int64_t top = larger(y0, 0), bottom = smaller(y0 + s.window.h, s.conv.h);
+      const int64_t left = larger(x0, 0), right = smaller(x0 + s.window.w, s.conv.w);
+      for (int v = 0; v < V; ++v, y += L, codes += L) {
+        const T* at = map + v * L;
+        Vec<T> best = loadu(at + ((top - first) * s.conv.w + left) * V * L);
+        Code<T> code = code_of<T>((top - y0) * s.window.w + left - x0);
+        for (int64_t cy = top; cy < bottom; ++cy)
+          for (int64_t cx = left; cx < right; ++cx)
+            compete<T>(loadu(at + ((cy - first) * s.conv.w + cx) * V * L),
+                       code_of<T>((cy - y0) * s.window.w + cx - x0), best, code);
+        finish<T>(s.relu, best, code, y, codes);
+      }
+    }
+  }
+}
+
+template <typename T>
+CNNRNN_INLINE void store_codes(uint8_t* out, Vec<T> v, int64_t n) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanesOf<T>)));
+  const Bytes bytes = __builtin_convertvector(reinterpret_cast<Code<T>>(v), Bytes);
+  if (n >= kLanesOf<T>)
+    __builtin_memcpy(out, &bytes, sizeof(bytes));
+  else
+    __builtin_memcpy(out, &bytes, n);
+}
+
+// Writes [windows, lanes] of y and codes to channels k0.. of one image, from pooled row `row` on.
+template <typename T>
+void write_block(const ConvPoolShape& s, const T* ys, const T* codes, int64_t lanes, int64_t channels, int64_t n,
+                 int64_t k0, int64_t row, int64_t windows, T* y, uint8_t* code) {
+  constexpr int L = kLanesOf<T>;
+  if (s.channels_last) {
+    const int64_t at = (n * s.windows() + row * s.pooled.w) * s.outputs + k0;
+    for (int64_t w = 0; w < windows; ++w) {
+      for (int64_t c = 0; c < channels; c += L) {
+        store_n(y + at + w * s.outputs + c, loadu(ys + w * lanes + c), channels - c);
+        if (code) store_codes<T>(code + at + w * s.outputs + c, loadu(codes + w * lanes + c), channels - c);
+      }
+    }
+    return;
+  }
+  const int64_t plane = s.windows(), at = (n * s.outputs + k0) * plane + row * s.pooled.w;
+  transpose(ys, windows, channels, lanes,
+            [&](int64_t k, int64_t w, Vec<T> v, int64_t count) { store_n(y + at + k * plane + w, v, count); });
+  if (code)
+    transpose(codes, windows, channels, lanes, [&](int64_t k, int64_t w, Vec<T> v, int64_t count) {
+      store_codes<T>(code + at + k * plane + w, v, count);
+    });
+}
+
+// One block of V vectors of output channels over a strip: ys and codes [windows, V * L].
+template <typename T, int V>
+void forward_block(const ConvPoolShape& s, const ForwardPlan<T>& plan, const T* base, const int64_t* pixels,
+                   int64_t count, const int64_t* taps, const T* packed, T* map, T* ys, T* codes) {
+  constexpr int L = kLanesOf<T>;
+  for (int64_t p = 0; p < count; p += kPixels) {
+    Vec<T> acc[kPixels][V];
+    convolve<T, V>(base, pixels + p, taps, plan.taps, packed, acc);
+    if (!plan.in_registers) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kPixels; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) storeu(map + ((p + i) * V + v) * L, acc[i][v]);
+    } else if (s.positions() == 4) {
+      pool_in_registers<T, V, 4>(s.relu, acc, ys + p / 4 * V * L, codes + p / 4 * V * L);
+    } else {
+      pool_in_registers<T, V, 2>(s.relu, acc, ys + p / 2 * V * L, codes + p / 2 * V * L);
+    }
+  }
+}
+
+template <typename T>
+void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t* code, void* memory,
+             int64_t begin, int64_t end) {
+  constexpr int L = kLanesOf<T>;
+  const ForwardPlan<T> plan(s);
+  char* scratch = static_cast<char*>(memory);
+  int64_t* taps = carve<int64_t>(scratch, plan.taps);
+  int64_t* pixels = carve<int64_t>(scratch, plan.tile_pixels(s));
+  T* strip_input = carve<T>(scratch, plan.input_size(s));
+  T* map = carve<T>(scratch, plan.map_size(s));
+  T* ys = carve<T>(scratch, plan.out_size(s));
+  T* codes = carve<T>(scratch, plan.out_size(s));
+  fill_taps(s, plan, taps);
+
+  int64_t filled_first = -1, count = 0;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / plan.strips, row = unit % plan.strips * plan.rows;
+    const int64_t rows = smaller(plan.rows, s.pooled.h - row);
+    const int64_t first = larger(row * s.step.h - s.margin.h, 0);
+    const int64_t last = smaller((row + rows - 1) * s.step.h - s.margin.h + s.window.h, s.conv.h);
+    if (first != filled_first) count = fill_pixels(s, plan, first, rows, last - first, pixels);
+    filled_first = first;
+
+    const T* image = x + n * s.channels * s.input.h * s.input.w;
+    const T* base = image + first * s.stride.h * plan.row_stride;
+    if (plan.padded) {
+      const int64_t in_rows =
+          smaller((last - first - 1) * s.stride.h + (s.kernel.h - 1) * s.dilation.h + 1, plan.in_rows);
+      pad_input(s, plan, image, first * s.stride.h - s.padding.h, in_rows, strip_input);
+      base = strip_input;
+    }
+    const T* weights = packed;
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const T* group_base = base + g * s.group_channels() * plan.channel_stride;
+      for (int64_t v = 0; v < plan.vectors; v += kBlockVectors) {
+        const int64_t wide = smaller(kBlockVectors, plan.vectors - v);
+        const auto block = wide == 2 ? forward_block<T, 2> : forward_block<T, 1>;
+        block(s, plan, group_base, pixels, count, taps, weights, map, ys, codes);
+        if (!plan.in_registers)
+          (wide == 2 ? pool_map<T, 2> : pool_map<T, 1>)(s, map, first, row, rows, ys, codes);
+        weights += wide * L * (plan.taps + 1);
+        write_block(s, ys, codes, wide * L, smaller(wide * L, s.group_outputs() - v * L), n,
+                    g * s.group_outputs() + v * L, row, rows * s.pooled.w, y, code);
+      }
+    }
+  }
+}
+
+}  // namespace
