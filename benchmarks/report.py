@@ -1,0 +1,263 @@
+"""What was measured, for people: JSON with every figure, a Markdown table with its conditions, and a plot.
+
+Losses are shown like wins. A report whose control left its bounds says VOID in its first line.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from cnnrnn_ext._timing import CONTROL_TOLERANCE, tuned_allocator_env
+
+from . import limits
+from .peers import OURS, PEERS
+
+QUOTED = "tuned"  # the allocator setting whose figures are quoted
+
+HOW_TO_READ = """\
+Every cell is the median time of one call in ms; in brackets that time over ours, median of the paired ratios:
+above 1 ours is faster, below 1 it is slower. The best peer's ratio has its middle half (p25–p75) beside it.
+Control: stock torch over itself. FMA and read: what ours reached of the machine's limits; FMA counts the
+operations of the dense direct algorithm, so one that needs fewer can exceed 100 %; read counts the bytes that
+must be read at least. Error: largest error against float64 over torch's own, worst tensor; up to 2 counts as
+right. torch eager is NCHW. Training is forward and backward of every parameter and, unless the input is an
+image of at most 3 channels, of the input."""
+
+
+def assemble(records: list[dict], machine: dict, cores: int, quick: bool) -> dict:
+    """The whole report as one JSON-able dictionary; ``machine`` is what limits.measure returned."""
+    for record in records:
+        record["limit_fractions"] = limit_fractions(record, machine)
+    return {
+        "conditions": conditions(cores),
+        "quick": quick,
+        "limits": machine,
+        "missing_peers": {p.name: f"{p.package} is not installed" for p in PEERS if p.version() is None},
+        "void": [label(r) for r in records if r["status"] == "void"],
+        "wrong": [label(r) for r in records if r["status"] == "wrong"],
+        "records": records,
+    }
+
+
+def conditions(cores: int) -> dict:
+    """Under which conditions the figures hold. No host names."""
+    import torch
+
+    isa, compiler = "none: no compiled library", None
+    try:
+        from cnnrnn_ext import _C
+
+        isa, compiler = _C.active_isa(), _C.build_info()["compiler"]
+    except ImportError:
+        pass
+    return {
+        "cpu": limits.cpu_model(),
+        "cores": cores,
+        "caches": limits.cache_sizes(),
+        "isa": isa,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "compiler": compiler,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}".strip(),
+        "peers": {p.package: p.version() for p in PEERS if p.version()},
+        "tuned_allocator": tuned_allocator_env(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def limit_fractions(record: dict, machine: dict) -> dict:
+    """Share of the FMA peak and of the read bandwidth that ours reached; empty if either is unknown."""
+    threads = str(record["threads"])
+    if "contenders" not in record or threads not in machine.get("fma_gflops", {}):
+        return {}
+    seconds = 1e-3 * record["contenders"][OURS]["median_ms"]
+    fractions = {"fma": record["flop"] / seconds / 1e9 / machine["fma_gflops"][threads]}
+    level = _level(record["reads"]["from_bytes"], record["threads"])
+    bandwidth = machine["read_gbs"].get(level, {}).get(threads)
+    if bandwidth:
+        fractions |= {"read": record["reads"]["bytes"] / seconds / 1e9 / bandwidth, "read_level": level}
+    return fractions
+
+
+def _level(size: int, threads: int) -> str:
+    caches = limits.cache_sizes()
+    if size / threads <= caches.get("L2", 0):
+        return "L2"
+    return "L3" if size <= caches.get("L3", 0) else "DRAM"
+
+
+def label(record: dict) -> str:
+    return (
+        f"{record['family']} {record['case']} {record['phase']}, "
+        f"{record['threads']} thread(s), {record['allocator']} allocator"
+    )
+
+
+def one_line(record: dict) -> str:
+    """Progress and pytest output: one record in one line."""
+    if record["status"] == "wrong":
+        return f"{label(record)}: WRONG {worst_error(record)}"
+    ours, best = record["contenders"][OURS]["median_ms"], record["best_peer"]
+    void = " VOID" if record["status"] == "void" else ""
+    return (
+        f"{label(record)}: {ours:.2f} ms, {best} / ours {_spread(record['ratios'][best])}, "
+        f"control {record['control']['median']:.3f}{void}"
+    )
+
+
+def worst_error(record: dict) -> str:
+    """Where ours errs most in terms of torch's own error."""
+    name, error = max(record["errors"].items(), key=lambda kv: kv[1]["ours"] / max(kv[1]["torch"], 1e-300))
+    return f"{name}: {error['ours']:.1e}, torch {error['torch']:.1e}"
+
+
+def verdict(record: dict) -> str:
+    """win or loss only if the middle half of the paired ratios agrees, else even."""
+    if record["status"] != "ok":
+        return record["status"]
+    ratio = record["ratios"][record["best_peer"]]
+    return "win" if ratio["p25"] > 1 else "loss" if ratio["p75"] < 1 else "even"
+
+
+def headline(result: dict) -> str:
+    """The report in a few lines: void or not, wins and losses of the quoted figures, who is missing."""
+    lines = []
+    if result["void"]:
+        lines.append(
+            f"VOID: stock against stock left 1.00 ± {CONTROL_TOLERANCE:.2f}, so no figure of this report "
+            f"counts. Noisy: {'; '.join(result['void'])}."
+        )
+    if result["wrong"]:
+        lines.append(f"WRONG, not timed: {'; '.join(result['wrong'])}.")
+    verdicts = [verdict(r) for r in result["records"] if r["allocator"] == QUOTED]
+    lines.append(
+        "Against the best peer of each record: "
+        + ", ".join(f"{verdicts.count(v)} {name}" for v, name in _VERDICTS.items())
+        + f" of {len(verdicts)} ({QUOTED} allocator)."
+    )
+    if result["missing_peers"]:
+        missing = "; ".join(f"{name} ({why})" for name, why in result["missing_peers"].items())
+        lines.append(f"Peers missing here: {missing}.")
+    return "\n".join(lines)
+
+
+_VERDICTS = {"win": "wins", "loss": "losses", "even": "undecided", "void": "void", "wrong": "wrong"}
+
+
+def markdown(result: dict) -> str:
+    """The whole report as Markdown."""
+    c, parts = result["conditions"], ["# Benchmarks", headline(result).replace("\n", "\n\n")]
+    peers = ", ".join(f"{package} {version}" for package, version in c["peers"].items() if package != "torch")
+    tuned = " ".join(f"{key}={value}" for key, value in c["tuned_allocator"].items())
+    parts.append(
+        f"Conditions: {c['cpu']}, {c['cores']} cores, {c['system']}; kernels {c['isa']} "
+        f"(torch's own: {c['torch_isa']}); torch {c['torch']}; {peers or 'no other peer installed'}; Python "
+        f"{c['python']}; {c['date']}; float32; "
+        f"{'a quick selection of cases and peers' if result['quick'] else 'all cases and peers'}. "
+        f"Tuned allocator: `{tuned}`."
+    )
+    parts += [_limits(result["limits"]), HOW_TO_READ]
+    for title, records in _groups(result["records"]):
+        parts += [f"## {title}", _table(records)]
+    skipped = {
+        f"{r['case']}, {r['phase']}: {name}: {why}"
+        for r in result["records"]
+        for name, why in r["skipped"].items()
+        if name not in result["missing_peers"]
+    }
+    if skipped:
+        parts += ["## Peers left out", "\n".join(f"- {line}" for line in sorted(skipped))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _limits(machine: dict) -> str:
+    if "not_measured" in machine:
+        return f"Limits of the machine: not measured ({machine['not_measured']})."
+    rows = {"fp32 FMA, GFLOP/s": machine["fma_gflops"]}
+    rows |= {f"{level} read, GB/s": values for level, values in machine["read_gbs"].items()}
+    threads = list(machine["fma_gflops"])
+    lines = [
+        "| limit, measured in this run | " + " | ".join(f"{n} thread(s)" for n in threads) + " |",
+        "|---|" + "---:|" * len(threads),
+    ]
+    lines += [f"| {k} | " + " | ".join(f"{v[n]:.0f}" for n in threads) + " |" for k, v in rows.items()]
+    return "\n".join(lines)
+
+
+def _groups(records: Iterable[dict]) -> list[tuple[str, list[dict]]]:
+    groups: dict[str, list[dict]] = {}
+    for r in sorted(records, key=lambda r: r["allocator"] != QUOTED):  # stable: the quoted ones come first
+        title = f"{r['family']}, {r['phase']}, {r['threads']} thread(s), {r['allocator']} allocator"
+        groups.setdefault(title, []).append(r)
+    return list(groups.items())
+
+
+def _table(records: list[dict]) -> str:
+    peers = [p.name for p in PEERS if any(p.name in r.get("ratios", {}) for r in records)]
+    head = ["case", OURS, *peers, "best peer / ours", "", "control", "FMA", "read", "error", "kernels"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 2) + "---|"]
+    lines += ["| " + " | ".join(_row(record, peers)) + " |" for record in records]
+    return "\n".join(lines)
+
+
+def _row(record: dict, peers: list[str]) -> list[str]:
+    ran = ", ".join(record["kernels"]) or "not traced"
+    if record["status"] == "wrong":
+        none = ["–"] * (len(peers) + 1)
+        return [record["case"], "not timed", *none, "**wrong**", "–", "–", "–", worst_error(record), ran]
+    times = record["contenders"]
+    cells = [
+        f"{times[p]['median_ms']:.2f} ({record['ratios'][p]['median']:.2f})" if p in times else "–"
+        for p in peers
+    ]
+    fractions = record.get("limit_fractions", {})
+    return [
+        record["case"],
+        f"{times[OURS]['median_ms']:.2f}",
+        *cells,
+        f"{record['best_peer']} {_spread(record['ratios'][record['best_peer']])}",
+        f"**{verdict(record)}**",
+        f"{record['control']['median']:.3f}",
+        f"{100 * fractions['fma']:.0f} %" if "fma" in fractions else "–",
+        f"{100 * fractions['read']:.0f} % {fractions['read_level']}" if "read" in fractions else "–",
+        f"{error_ratio(record):.2f}",
+        ran,
+    ]
+
+
+def error_ratio(record: dict) -> float:
+    """Largest of ours over torch's error; 0 where both are exact."""
+    pairs = [(e["ours"], e["torch"]) for e in record["errors"].values()]
+    return max(0.0 if a == 0 else a / b if b else float("inf") for a, b in pairs)
+
+
+def _spread(ratio: dict) -> str:
+    return f"{ratio['median']:.2f} ({ratio['p25']:.2f}–{ratio['p75']:.2f})"
+
+
+def slug(conditions: dict) -> str:
+    """File name of a machine: its processor and the number of cores, nothing that names a host."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{conditions['cpu']} {conditions['cores']} cores".lower()).strip("-")
+
+
+def write(result: dict, folder: Path) -> list[Path]:
+    """Writes ``<machine>.json``, ``.md`` and, where matplotlib is installed, ``.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / (slug(result["conditions"]) + ("-quick" if result["quick"] else ""))
+    paths = [stem.parent / f"{stem.name}{ending}" for ending in (".json", ".md")]
+    paths[0].write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths[1].write_text(markdown(result), encoding="utf-8")
+    try:
+        from .plot import draw
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return paths
+    paths.append(stem.parent / f"{stem.name}.png")
+    draw(result, paths[-1])
+    return paths
