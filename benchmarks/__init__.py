@@ -4,5 +4,5 @@ cases     what is computed: one row per case
 peers     who computes it: one row per contender
 measure   one record: correctness of the case against float64, then paired timing
 limits    what the machine could do at most
-report    JSON, Markdown table and plot
+report    JSON and Markdown table; plot draws the picture
 """

@@ -48,20 +48,16 @@ def conditions(cores: int) -> dict:
     """Under which conditions the figures hold. No host names."""
     import torch
 
-    isa, compiler = "none: no compiled library", None
-    try:
-        from cnnrnn_ext import _C
+    from cnnrnn_ext._library import build_module
 
-        isa, compiler = _C.active_isa(), _C.build_info()["compiler"]
-    except ImportError:
-        pass
+    built = build_module()
     return {
         "cpu": limits.cpu_model(),
         "cores": cores,
         "caches": limits.cache_sizes(),
-        "isa": isa,
+        "isa": built.active_isa() if built else "none compiled",
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "compiler": compiler,
+        "compiler": built.build_info()["compiler"] if built else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}".strip(),
@@ -118,11 +114,13 @@ def worst_error(record: dict) -> str:
 
 
 def verdict(record: dict) -> str:
-    """win or loss only if the middle half of the paired ratios agrees, else even."""
+    """win or loss only beyond what the control may err, and if the middle half of the ratios agrees."""
     if record["status"] != "ok":
         return record["status"]
     ratio = record["ratios"][record["best_peer"]]
-    return "win" if ratio["p25"] > 1 else "loss" if ratio["p75"] < 1 else "even"
+    if ratio["median"] > 1 + CONTROL_TOLERANCE and ratio["p25"] > 1:
+        return "win"
+    return "loss" if ratio["median"] < 1 - CONTROL_TOLERANCE and ratio["p75"] < 1 else "even"
 
 
 def headline(result: dict) -> str:
@@ -163,6 +161,7 @@ def markdown(result: dict) -> str:
         f"Tuned allocator: `{tuned}`."
     )
     parts += [_limits(result["limits"]), HOW_TO_READ]
+    parts.append(f"![time of the best peer over time of ours]({slug(result)}.png)")
     for title, records in _groups(result["records"]):
         parts += [f"## {title}", _table(records)]
     skipped = {
@@ -241,23 +240,23 @@ def _spread(ratio: dict) -> str:
     return f"{ratio['median']:.2f} ({ratio['p25']:.2f}–{ratio['p75']:.2f})"
 
 
-def slug(conditions: dict) -> str:
-    """File name of a machine: its processor and the number of cores, nothing that names a host."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{conditions['cpu']} {conditions['cores']} cores".lower()).strip("-")
+def slug(result: dict) -> str:
+    """File name of a report: the processor and the number of cores, nothing that names a host."""
+    c = result["conditions"]
+    name = re.sub(r"[^a-z0-9]+", "-", f"{c['cpu']} {c['cores']} cores".lower()).strip("-")
+    return name + ("-quick" if result["quick"] else "")
 
 
 def write(result: dict, folder: Path) -> list[Path]:
-    """Writes ``<machine>.json``, ``.md`` and, where matplotlib is installed, ``.png``."""
+    """Writes ``<machine>.json``, ``.md`` and, where matplotlib is installed, ``.png``; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / (slug(result["conditions"]) + ("-quick" if result["quick"] else ""))
-    paths = [stem.parent / f"{stem.name}{ending}" for ending in (".json", ".md")]
-    paths[0].write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown(result), encoding="utf-8")
+    data, table, image = (folder / f"{slug(result)}{ending}" for ending in (".json", ".md", ".png"))
+    data.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    table.write_text(markdown(result), encoding="utf-8")
     try:
         from .plot import draw
     except ImportError:
         print("no plot: matplotlib is not installed")
-        return paths
-    paths.append(stem.parent / f"{stem.name}.png")
-    draw(result, paths[-1])
-    return paths
+        return [data, table]
+    draw(result, image)
+    return [data, table, image]

@@ -124,7 +124,7 @@ def paired(
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
-        first = i % len(names)
+        first = i // 2 % len(names)
         order = names[first:] + names[:first]
         for name in order if i % 2 == 0 else reversed(order):
             seconds[name].append(turn(runs[name]))
