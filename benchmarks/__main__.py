@@ -21,7 +21,7 @@ from . import cases, limits, report
 from .peers import CONTENDERS
 
 ALLOCATORS = ("tuned", "default")  # tuned first: it is the quoted one
-ROUNDS = {"tuned": 9, "default": 5}
+ROUNDS = {"tuned": 7, "default": 4}
 QUICK_ROUNDS = {"tuned": 5, "default": 3}
 
 

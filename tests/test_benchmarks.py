@@ -1,5 +1,6 @@
 """The benchmark harness itself: pairing, statistics, the control, and what a report may not hide."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: an installed cnnrnn_ext keeps its place
 
-from benchmarks import cases, measure, peers, report
+from benchmarks import cases, limits, measure, peers, report
 from benchmarks.peers import OURS, STOCK
 from cnnrnn_ext import _timing
 
@@ -279,3 +280,19 @@ def test_grids_are_those_promised():
     assert [sum(c.family == f for c in cases.CASES) for f in cases.FAMILIES] == [7, 7]
     assert {c.family for c in cases.select(quick=True)} == set(cases.FAMILIES)
     assert {c.family for c in cases.select("lstm")} == {"lstm"}
+
+
+def test_limits_without_a_compiler_are_not_measured(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(limits.shutil, "which", lambda name: None)
+    with pytest.raises(limits.NotMeasuredError, match="no C compiler"):
+        limits.measure([1])
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+def test_limit_loops_do_the_work_they_are_timed_for():
+    library = limits._load()
+    flop = library.flop_per_iteration()
+    assert library.fma_loop(1) == pytest.approx(0.001 * flop / 2)  # every lane of every chain: 0 * x + 0.001
+    ones = limits._aligned_ones(1 << 16)
+    assert library.read_loop(ones.ctypes.data, ones.size, 3) == 3 * ones.size  # every float read three times
