@@ -8,7 +8,6 @@ a case that fails this is reported as wrong and not timed. A peer that computes 
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterable
 
 import torch
@@ -95,8 +94,8 @@ def record(
     found: dict[str, list[float]] = {}
     scale = [t.abs().max().item() for t in truth]
     for peer in contenders:
-        if peer.version() is None:
-            result["skipped"][peer.name] = f"{peer.package} is not installed"
+        if reason := peer.missing():
+            result["skipped"][peer.name] = reason
             continue
         try:
             run = peer.build(problem)
@@ -113,7 +112,6 @@ def record(
             continue
         runs[peer.name], found[peer.name] = run, error
     del truth
-    gc.collect()
 
     result["kernels"] = kernels_of(runs[OURS])
     result["errors"] = {

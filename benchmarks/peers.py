@@ -40,11 +40,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Peer:
-    """``package`` names the distribution whose absence skips this peer."""
+    """``packages`` names the distributions it needs, its own first; without one of them it is skipped."""
 
     name: str
     build: Callable[[Problem], Run]
-    package: str = "torch"
+    packages: tuple[str, ...] = ("torch",)
     phases: tuple[str, ...] = PHASES
     images_only: bool = False
     quick: bool = True
@@ -54,12 +54,21 @@ class Peer:
             phase in self.phases and (case.image_layout or not self.images_only) and (self.quick or not quick)
         )
 
-    def version(self) -> str | None:
-        """The installed version, or None if the package is missing."""
-        try:
-            return metadata.version(self.package)
-        except metadata.PackageNotFoundError:
-            return None
+    def missing(self) -> str | None:
+        """Why this peer cannot run here, or None."""
+        absent = [package for package in self.packages if _version(package) is None]
+        return f"{' and '.join(absent)} not installed" if absent else None
+
+    def versions(self) -> dict[str, str]:
+        """Installed versions of its packages."""
+        return {package: version for package in self.packages if (version := _version(package))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def outputs(value: object) -> list[Tensor]:
@@ -123,7 +132,7 @@ def _compiled(problem: Problem) -> Run:
 
 
 def _onnx(problem: Problem) -> bytes:
-    """The stock module as ONNX. The exporter without dynamo keeps nn.LSTM one node and needs no package."""
+    """The stock module as ONNX. The exporter without dynamo is quick and keeps nn.LSTM one node."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its deprecation, and a note on batch sizes: the size is fixed here
@@ -173,7 +182,7 @@ PEERS: tuple[Peer, ...] = (
     Peer(STOCK, _eager),
     Peer("torch channels_last", _eager_channels_last, images_only=True),
     Peer("torch.compile", _compiled, quick=False),
-    Peer("ONNX Runtime", _onnxruntime, package="onnxruntime", phases=(FORWARD,)),
-    Peer("OpenVINO", _openvino, package="openvino", phases=(FORWARD,), quick=False),
+    Peer("ONNX Runtime", _onnxruntime, packages=("onnxruntime", "onnx"), phases=(FORWARD,)),
+    Peer("OpenVINO", _openvino, packages=("openvino", "onnx"), phases=(FORWARD,), quick=False),
 )
 CONTENDERS: tuple[Peer, ...] = (Peer(OURS, _ours), *PEERS)

@@ -37,7 +37,7 @@ def assemble(records: list[dict], machine: dict, cores: int, quick: bool) -> dic
         "conditions": conditions(cores),
         "quick": quick,
         "limits": machine,
-        "missing_peers": {p.name: f"{p.package} is not installed" for p in PEERS if p.version() is None},
+        "missing_peers": {p.name: reason for p in PEERS if (reason := p.missing())},
         "void": [label(r) for r in records if r["status"] == "void"],
         "wrong": [label(r) for r in records if r["status"] == "wrong"],
         "records": records,
@@ -61,7 +61,7 @@ def conditions(cores: int) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}".strip(),
-        "peers": {p.package: p.version() for p in PEERS if p.version()},
+        "peers": {k: v for p in PEERS for k, v in p.versions().items()},
         "tuned_allocator": tuned_allocator_env(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -187,9 +187,9 @@ def test_wrong_record_is_not_timed_but_named():
 
 def test_missing_peer_is_named(monkeypatch):
     monkeypatch.setattr(
-        report, "PEERS", (*peers.PEERS, peers.Peer("Absent", None, package="no-such-package"))
+        report, "PEERS", (*peers.PEERS, peers.Peer("Absent", None, packages=("no-such-package",)))
     )
-    assert "Absent (no-such-package is not installed)" in report.headline(assembled(record(2.0, 8.0, 4.0)))
+    assert "Absent (no-such-package not installed)" in report.headline(assembled(record(2.0, 8.0, 4.0)))
 
 
 def test_limits_stand_beside_the_figures_or_are_named_missing():
@@ -258,13 +258,13 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out(quick_clock):
         *stand_in(peers._eager),
         peers.Peer("failing", failing),
         peers.Peer("other", other),
-        peers.Peer("absent", failing, package="no-such-package"),
+        peers.Peer("absent", failing, packages=("no-such-package",)),
     )
     result = measure.record(TINY[0], "forward", 1, "tuned", contenders, rounds=2)
     assert set(result["contenders"]) == {OURS, STOCK, "control"}
     assert result["skipped"]["failing"] == "RuntimeError: no such operator"
     assert result["skipped"]["other"].startswith("computes something else")
-    assert result["skipped"]["absent"] == "no-such-package is not installed"
+    assert result["skipped"]["absent"] == "no-such-package not installed"
 
 
 def test_upstream_gradient_is_zero_only_at_near_ties():
