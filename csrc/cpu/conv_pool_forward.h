@@ -17,6 +17,7 @@ using cnnrnn::Pair;
 
 constexpr int kPixels = kVectorRegisters == 32 ? 12 : 4;
 constexpr int kBlockVectors = 2;
+constexpr int64_t kChain = 32;          // products added up in one go: the sums of such runs are added in turn
 constexpr int64_t kTileWindows = 96;    // windows of a strip: y and codes of a block stay in L1
 constexpr int64_t kStripPixels = 2048;  // convolution outputs of a strip that goes through the buffer
 
@@ -179,24 +180,44 @@ CNNRNN_INLINE void convolve(const T* base, const int64_t* pixels, const int64_t*
                             const T* packed, Vec<T> (&acc)[kPixels][V]) {
   constexpr int L = kLanesOf<T>;
   const T* at[kPixels];
+  Vec<T> total[kPixels][V];  // of the runs so far: a long sum in one chain would lose digits
 #pragma GCC unroll 16
   for (int p = 0; p < kPixels; ++p) {
     at[p] = base + pixels[p];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[p][v] = loadu(packed + v * L);
   }
-  for (int64_t t = 0; t < count; ++t) {
-    packed += V * L;
-    const int64_t offset = taps[t];
-    Vec<T> w[V];
+  for (int64_t begin = 0;;) {
+    const int64_t end = smaller(begin + kChain, count);
+    for (int64_t t = begin; t < end; ++t) {
+      packed += V * L;
+      const int64_t offset = taps[t];
+      Vec<T> w[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) w[v] = loadu(packed + v * L);
+      for (int v = 0; v < V; ++v) w[v] = loadu(packed + v * L);
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixels; ++p) {
+        const Vec<T> x = broadcast(at[p][offset]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[p][v] += x * w[v];
+      }
+    }
+    if (begin > 0) {
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[p][v] += total[p][v];
+    }
+    if (end == count) return;
 #pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p) {
-      const Vec<T> x = broadcast(at[p][offset]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[p][v] += x * w[v];
+      for (int v = 0; v < V; ++v) {
+        total[p][v] = acc[p][v];
+        acc[p][v] = Vec<T>{};
+      }
     }
+    begin = end;
   }
 }
 
