@@ -1,5 +1,5 @@
 // The arithmetic of one LSTM unit, forward and backward, for every kernel: V is a float or double on a GPU
-// and a SIMD vector on a CPU. sigmoid(V) and tanh(V) must be declared before this header is included.
+// and a SIMD vector on a CPU; Math::sigmoid(V) and Math::tanh(V) come with the kernel.
 // Gate order i, f, g, o, as torch's (nn.LSTM):
 //   i, f, o = sigmoid(a_i, a_f, a_o)   g = tanh(a_g)   c = f * c_prev + i * g   h = o * tanh(c)
 #pragma once
@@ -23,15 +23,15 @@ struct LstmState {
 };
 
 // Pre-activations to activated gates.
-template <typename V>
+template <typename Math, typename V>
 CNNRNN_GATES_INLINE LstmGates<V> lstm_activate(const LstmGates<V>& a) {
-  return {sigmoid(a.i), sigmoid(a.f), tanh(a.g), sigmoid(a.o)};
+  return {Math::sigmoid(a.i), Math::sigmoid(a.f), Math::tanh(a.g), Math::sigmoid(a.o)};
 }
 
-template <typename V>
+template <typename Math, typename V>
 CNNRNN_GATES_INLINE LstmState<V> lstm_update(const LstmGates<V>& gates, const V& c_prev) {
   const V c = gates.f * c_prev + gates.i * gates.g;
-  return {c, gates.o * tanh(c)};
+  return {c, gates.o * Math::tanh(c)};
 }
 
 template <typename V>
@@ -41,10 +41,10 @@ struct LstmGradients {
 };
 
 // dh: the whole gradient of h. dc: the gradient of c that comes from the next step, not through h.
-template <typename V>
+template <typename Math, typename V>
 CNNRNN_GATES_INLINE LstmGradients<V> lstm_backward(const LstmGates<V>& gates, const V& c, const V& c_prev,
                                                    const V& dh, const V& dc) {
-  const V t = tanh(c);
+  const V t = Math::tanh(c);
   const V dc_all = dc + dh * gates.o * (1 - t * t);
   LstmGradients<V> d;
   d.a.i = dc_all * gates.g * gates.i * (1 - gates.i);

@@ -50,8 +50,10 @@ struct ForwardTile {
         for (int g = 0; g < 4; ++g) acc[r][g] += load_n(gates + g * s.hidden, n);
       if (s.bias)
         for (int g = 0; g < 4; ++g) acc[r][g] += loadu(s.bias + panel * kPanel<T> + g * L);
-      const LstmGates<Vec<T>> y = lstm_activate<Vec<T>>({acc[r][0], acc[r][1], acc[r][2], acc[r][3]});
-      const LstmState<Vec<T>> state = lstm_update(y, load_n(s.c + (row + r) * s.c_stride + unit, n));
+      const LstmGates<Vec<T>> y =
+          lstm_activate<VectorMath, Vec<T>>({acc[r][0], acc[r][1], acc[r][2], acc[r][3]});
+      const LstmState<Vec<T>> state =
+          lstm_update<VectorMath>(y, load_n(s.c + (row + r) * s.c_stride + unit, n));
       if (s.keep_gates) {
         store_n(gates, y.i, n);
         store_n(gates + s.hidden, y.f, n);
@@ -88,8 +90,8 @@ struct BackwardTile {
                                      load_n(gates + 2 * s.hidden, n), load_n(gates + 3 * s.hidden, n)};
         T* dc = s.dc + (row + r) * s.dc_stride + unit;
         const LstmGradients<Vec<T>> grad =
-            lstm_backward(y, load_n(gates + 4 * s.hidden, n), load_n(s.c + (row + r) * s.c_stride + unit, n),
-                          dh, load_n(dc, n));
+            lstm_backward<VectorMath>(y, load_n(gates + 4 * s.hidden, n),
+                                      load_n(s.c + (row + r) * s.c_stride + unit, n), dh, load_n(dc, n));
         T* d = s.d + (row + r) * s.d_stride + unit;
         store_n(d, grad.a.i, n);
         store_n(d + s.hidden, grad.a.f, n);

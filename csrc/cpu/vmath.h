@@ -32,32 +32,34 @@ CNNRNN_INLINE ExpParts exp_parts(vf x) {
   return {reinterpret_cast<vf>(bits), r + r * r * q};
 }
 
-CNNRNN_INLINE vf sigmoid(vf x) {
-  // The clamped operand comes second: a comparison with NaN is false, so NaN passes.
-  const vf y = vmax(broadcast(-87.3f), vmin(broadcast(88.8f), -x));
-  const ExpParts e = exp_parts(y);
-  const vf one = broadcast(1.0f);
-  return one / (one + (e.scale + e.scale * e.p));
-}
+struct VectorMath {
+  static CNNRNN_INLINE vf sigmoid(vf x) {
+    // The clamped operand comes second: a comparison with NaN is false, so NaN passes.
+    const vf y = vmax(broadcast(-87.3f), vmin(broadcast(88.8f), -x));
+    const ExpParts e = exp_parts(y);
+    const vf one = broadcast(1.0f);
+    return one / (one + (e.scale + e.scale * e.p));
+  }
 
-// Through e^2x - 1, which keeps its relative accuracy near 0 where 1 - 2 / (1 + e^2x) cancels.
-CNNRNN_INLINE vf tanh(vf x) {
-  const vf y = vmax(broadcast(-40.0f), vmin(broadcast(40.0f), x + x));
-  const ExpParts e = exp_parts(y);
-  const vf m = e.scale * e.p + (e.scale - broadcast(1.0f));
-  return m / (m + broadcast(2.0f));
-}
+  // Through e^2x - 1, which keeps its relative accuracy near 0 where 1 - 2 / (1 + e^2x) cancels.
+  static CNNRNN_INLINE vf tanh(vf x) {
+    const vf y = vmax(broadcast(-40.0f), vmin(broadcast(40.0f), x + x));
+    const ExpParts e = exp_parts(y);
+    const vf m = e.scale * e.p + (e.scale - broadcast(1.0f));
+    return m / (m + broadcast(2.0f));
+  }
 
-CNNRNN_INLINE Vec<double> sigmoid(Vec<double> x) {
-  Vec<double> y = x;
-  for (int i = 0; i < kLanesOf<double>; ++i) y[i] = 1.0 / (1.0 + __builtin_exp(-x[i]));
-  return y;
-}
+  static CNNRNN_INLINE Vec<double> sigmoid(Vec<double> x) {
+    Vec<double> y = x;
+    for (int i = 0; i < kLanesOf<double>; ++i) y[i] = 1.0 / (1.0 + __builtin_exp(-x[i]));
+    return y;
+  }
 
-CNNRNN_INLINE Vec<double> tanh(Vec<double> x) {
-  Vec<double> y = x;
-  for (int i = 0; i < kLanesOf<double>; ++i) y[i] = __builtin_tanh(x[i]);
-  return y;
-}
+  static CNNRNN_INLINE Vec<double> tanh(Vec<double> x) {
+    Vec<double> y = x;
+    for (int i = 0; i < kLanesOf<double>; ++i) y[i] = __builtin_tanh(x[i]);
+    return y;
+  }
+};
 
 }  // namespace
