@@ -41,12 +41,23 @@ struct VectorMath {
     return one / (one + (e.scale + e.scale * e.p));
   }
 
-  // Through e^2x - 1, which keeps its relative accuracy near 0 where 1 - 2 / (1 + e^2x) cancels.
+  // Near 0 an odd polynomial, elsewhere 1 - 2 / (e^2|x| + 1) with x's sign.
   static CNNRNN_INLINE vf tanh(vf x) {
-    const vf y = vmax(broadcast(-40.0f), vmin(broadcast(40.0f), x + x));
-    const ExpParts e = exp_parts(y);
-    const vf m = e.scale * e.p + (e.scale - broadcast(1.0f));
-    return m / (m + broadcast(2.0f));
+    const vu sign = reinterpret_cast<vu>(x) & 0x80000000u;
+    const vf y = reinterpret_cast<vf>(reinterpret_cast<vu>(x) ^ sign);
+    const ExpParts e = exp_parts(vmin(broadcast(40.0f), y + y));
+    const vf one = broadcast(1.0f);
+    const vf far = one - broadcast(2.0f) / (one + (e.scale + e.scale * e.p));
+    // (tanh x - x) / x^3, minimax on |x| <= 0.7
+    const vf z = x * x;
+    vf q = broadcast(0.00189567f);
+    q = q * z + broadcast(-0.00788331f);
+    q = q * z + broadcast(0.02157106f);
+    q = q * z + broadcast(-0.05392095f);
+    q = q * z + broadcast(0.13332983f);
+    q = q * z + broadcast(-0.33333325f);
+    const vf near = x + x * z * q;
+    return z < broadcast(0.49f) ? near : reinterpret_cast<vf>(reinterpret_cast<vu>(far) | sign);
   }
 
   static CNNRNN_INLINE Vec<double> sigmoid(Vec<double> x) {
