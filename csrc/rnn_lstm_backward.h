@@ -129,16 +129,16 @@ class LstmBackward {
 
   // grad_W = d^T x; grad_R = d^T h, where h of the first step is h_0 and of every other the output before.
   void grad_weights(int64_t d, int64_t worker, int64_t workers, T* slab) const {
-    const int64_t tiles = ceil_div(4 * H, k.tile_rows);
+    const int64_t blocks = ceil_div(4 * H, k.row_block);
     Product<T> w{};
     w.rows = 4 * H, w.columns = p.input, w.depth = p.rows();
     w.a = d_at(d, 0), w.a_row = 1, w.a_depth = d_stride();
     w.b = p.x, w.b_stride = p.input;
     w.c = out.weight_ih[d], w.c_stride = p.input;
-    Share share(input_panels_ * tiles, worker, workers);
+    Share share(input_panels_ * blocks, worker, workers);
     k.multiply_unpacked(w, share.first, share.last, slab);
 
-    share = Share(hidden_panels_ * tiles, worker, workers);
+    share = Share(hidden_panels_ * blocks, worker, workers);
     Product<T> r = w;
     r.columns = H, r.c = out.weight_hh[d], r.c_stride = H;
     r.depth = p.steps == 0 ? 0 : N;

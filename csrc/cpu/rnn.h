@@ -68,6 +68,7 @@ struct Product {
 template <typename T>
 struct LstmKernels {
   int lanes, tile_rows;
+  int64_t row_block;  // rows of one task of multiply_unpacked
   // b [depth][columns] row-major to panels [first, last) of [ceil(columns / (4 * lanes))][depth][4 * lanes].
   void (*pack_columns)(const T* b, int64_t stride, int64_t depth, int64_t columns, int64_t first,
                        int64_t last, T* out);
@@ -79,9 +80,10 @@ struct LstmKernels {
   void (*project)(const LstmForwardStep<T>& step, int64_t first, int64_t last);
   void (*forward)(const LstmForwardStep<T>& step, int64_t first, int64_t last);
   void (*backward)(const LstmBackwardStep<T>& step, int64_t first, int64_t last);
-  // b packed beforehand.
+  // b packed beforehand, a contiguous by row. Tasks: panels x tiles of rows.
   void (*multiply)(const Product<T>& product, int64_t first, int64_t last);
-  // b row-major; `scratch` holds product_scratch elements and is the caller's own. Made for a_row == 1.
+  // b row-major, a contiguous by column; `scratch` holds product_scratch elements, one for each thread.
+  // Tasks: panels x blocks of row_block rows.
   void (*multiply_unpacked)(const Product<T>& product, int64_t first, int64_t last, T* scratch);
   int64_t product_scratch;
   // out[m] = sum over k of a[k * stride + m], for m in [first, last).

@@ -12,6 +12,7 @@ template <typename T>
 constexpr cnnrnn::LstmKernels<T> lstm_kernels() {
   return {kLanesOf<T>,
           kTileRows,
+          kRowBlock,
           pack_columns<T>,
           pack_gates<T>,
           pack_bias<T>,
@@ -20,7 +21,7 @@ constexpr cnnrnn::LstmKernels<T> lstm_kernels() {
           lstm_backward_step<T>,
           multiply_packed<T>,
           multiply_unpacked<T>,
-          kDepthBlock * kPanel<T>,
+          kProductScratch<T>,
           sum_rows<T>};
 }
 

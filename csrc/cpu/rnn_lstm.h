@@ -20,9 +20,12 @@ struct ProjectTile {
   template <int Rows>
   void run(int64_t row) const {
     constexpr int L = kLanesOf<T>;
+    const int64_t unit = panel * L, n = valid(s.hidden, unit, L);
+    for (int r = 0; r < Rows; ++r)
+      for (int g = 0; g < 4; ++g)
+        prefetch_to_write(s.gates + (row + r) * s.gates_stride + g * s.hidden + unit);
     Vec<T> acc[Rows][4] = {};
     add_product<T, Rows>(acc, s.x + row * s.x_stride, s.x_stride, s.w + panel * s.input * kPanel<T>, s.input);
-    const int64_t unit = panel * L, n = valid(s.hidden, unit, L);
     for (int r = 0; r < Rows; ++r)
       for (int g = 0; g < 4; ++g)
         store_n(s.gates + (row + r) * s.gates_stride + g * s.hidden + unit, acc[r][g], n);
@@ -38,6 +41,14 @@ struct ForwardTile {
   void run(int64_t row) const {
     constexpr int L = kLanesOf<T>;
     const int64_t unit = panel * L, n = valid(s.hidden, unit, L);
+    for (int r = 0; r < Rows; ++r) {
+      if (s.gates)
+        for (int g = 0; g < 4; ++g)
+          prefetch_to_write(s.gates + (row + r) * s.gates_stride + g * s.hidden + unit);
+      prefetch_to_write(s.c_out + (row + r) * s.c_out_stride + unit);
+      prefetch_to_write(s.h_out + (row + r) * s.h_out_stride + unit);
+      prefetch(s.c + (row + r) * s.c_stride + unit);
+    }
     Vec<T> acc[Rows][4] = {};
     if (s.x)
       add_product<T, Rows>(acc, s.x + row * s.x_stride, s.x_stride, s.w + panel * s.input * kPanel<T>,
@@ -74,6 +85,17 @@ struct BackwardTile {
   template <int Rows>
   void run(int64_t row) const {
     constexpr int L = kLanesOf<T>;
+    for (int r = 0; r < Rows; ++r) {
+      for (int v = 0; v < 4; ++v) {
+        const int64_t unit = panel * kPanel<T> + v * L;
+        const T* gates = s.gates + (row + r) * s.gates_stride + unit;
+        for (int g = 0; g < 5; ++g) prefetch(gates + g * s.hidden);
+        for (int g = 0; g < 4; ++g) prefetch_to_write(s.d + (row + r) * s.d_stride + g * s.hidden + unit);
+        prefetch(s.c + (row + r) * s.c_stride + unit);
+        prefetch(s.dc + (row + r) * s.dc_stride + unit);
+        if (s.dh_1) prefetch(s.dh_1 + (row + r) * s.dh_1_stride + unit);
+      }
+    }
     Vec<T> acc[Rows][4] = {};
     if (s.d_next)
       add_product<T, Rows>(acc, s.d_next + row * s.d_stride, s.d_stride,

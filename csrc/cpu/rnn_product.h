@@ -7,9 +7,15 @@ namespace {
 
 using cnnrnn::Product;
 
-// A panel's slice of this depth stays in the first-level cache while every tile of rows passes over it;
-// partial sums of such slices also keep the rounding error of long sums down.
-constexpr int64_t kDepthBlock = 128;
+// Products whose A is contiguous by column go slice by slice of the depth. Of a slice, some panels of B and
+// a block of A's columns (rows of the product) are copied side by side: A comes with a stride that would
+// touch a new page at every depth, and each copy serves many tiles.
+constexpr int64_t kDepthBlock = 256;
+constexpr int64_t kPanelGroup = 6;
+constexpr int64_t kRowBlock = 8 * kTileRows;
+
+template <typename T>
+constexpr int64_t kProductScratch = kDepthBlock * (kPanelGroup * kPanel<T> + kRowBlock);
 
 template <typename T>
 CNNRNN_INLINE void pack_panel(const T* b, int64_t stride, int64_t depth, int64_t columns, T* out) {
@@ -67,8 +73,13 @@ struct ProductTile {
   template <int Rows>
   void run(int64_t row) const {
     constexpr int L = kLanesOf<T>;
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < 4; ++v) prefetch_to_write(c + (row + r) * c_stride + v * L);
     Vec<T> acc[Rows][4] = {};
-    multiply_tile<T, Rows, kByRow>(acc, a + row * (kByRow ? a_stride : 1), a_stride, b, depth);
+    if constexpr (kByRow)
+      add_product<T, Rows>(acc, a + row * a_stride, a_stride, b, depth);
+    else
+      multiply_tile<T, Rows, false>(acc, a + row, a_stride, b, depth);
     for (int r = 0; r < Rows; ++r) {
       for (int v = 0; v < 4; ++v) {
         const int64_t n = valid(columns, v * L, L);
@@ -80,37 +91,69 @@ struct ProductTile {
   }
 };
 
-// Panel by panel, and in a panel slice by slice of the depth; the tasks of one panel are its tiles of rows.
-template <typename T, bool kPacked, bool kByRow>
-CNNRNN_INLINE void product_tasks(const Product<T>& p, int64_t first, int64_t last, T* scratch) {
+// Tasks: panels of B x tiles of rows.
+template <typename T>
+void multiply_packed(const Product<T>& p, int64_t first, int64_t last) {
   const int64_t tiles = tiles_of(p.rows);
-  while (first < last) {
-    const int64_t panel = first / tiles, column = panel * kPanel<T>;
-    const int64_t end = (panel + 1) * tiles < last ? (panel + 1) * tiles : last;
-    for (int64_t k = 0; k == 0 || k < p.depth; k += kDepthBlock) {
-      const int64_t depth = p.depth - k < kDepthBlock ? p.depth - k : kDepthBlock;
-      const T* b = scratch;
-      if constexpr (kPacked)
-        b = p.b + (panel * p.depth + k) * kPanel<T>;
-      else
-        pack_panel(p.b + k * p.b_stride + column, p.b_stride, depth, p.columns - column, scratch);
-      const ProductTile<T, kByRow> tile = {
-          p.a + k * p.a_depth, kByRow ? p.a_row : p.a_depth, b, depth, p.c + column, p.c_stride,
-          p.columns - column,  p.accumulate || k > 0};
-      for (int64_t task = first; task < end; ++task) dispatch_tile(p.rows, task - panel * tiles, tile);
-    }
-    first = end;
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t panel = task / tiles, column = panel * kPanel<T>;
+    const ProductTile<T, true> tile = {p.a,
+                                       p.a_row,
+                                       p.b + panel * p.depth * kPanel<T>,
+                                       p.depth,
+                                       p.c + column,
+                                       p.c_stride,
+                                       p.columns - column,
+                                       p.accumulate};
+    dispatch_tile(p.rows, task % tiles, tile);
   }
 }
 
 template <typename T>
-void multiply_packed(const Product<T>& p, int64_t first, int64_t last) {
-  product_tasks<T, true, true>(p, first, last, nullptr);
+CNNRNN_INLINE void copy_columns(const T* a, int64_t stride, int64_t depth, int64_t columns, T* out) {
+  constexpr int L = kLanesOf<T>;
+  static_assert(kRowBlock % kLanesOf<T> == 0, "a block of A is whole vectors");
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t m = 0; m < kRowBlock; m += L)
+      storeu(out + k * kRowBlock + m, load_n(a + k * stride + m, valid(columns, m, L)));
 }
 
+// Tasks: panels of B x blocks of kRowBlock rows.
 template <typename T>
 void multiply_unpacked(const Product<T>& p, int64_t first, int64_t last, T* scratch) {
-  product_tasks<T, false, false>(p, first, last, scratch);
+  if (first >= last) return;
+  const int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock;
+  T* const a_block = scratch + kDepthBlock * kPanelGroup * kPanel<T>;
+  const int64_t panel_end = (last - 1) / blocks + 1;
+  for (int64_t group = first / blocks; group < panel_end; group += kPanelGroup) {
+    const int64_t group_end = group + kPanelGroup < panel_end ? group + kPanelGroup : panel_end;
+    for (int64_t k = 0; k == 0 || k < p.depth; k += kDepthBlock) {
+      const int64_t depth = p.depth - k < kDepthBlock ? p.depth - k : kDepthBlock;
+      for (int64_t panel = group; panel < group_end; ++panel)
+        pack_panel(p.b + k * p.b_stride + panel * kPanel<T>, p.b_stride, depth, p.columns - panel * kPanel<T>,
+                   scratch + (panel - group) * kDepthBlock * kPanel<T>);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t row = block * kRowBlock;
+        const int64_t rows = p.rows - row < kRowBlock ? p.rows - row : kRowBlock;
+        bool copied = false;
+        for (int64_t panel = group; panel < group_end; ++panel) {
+          const int64_t task = panel * blocks + block, column = panel * kPanel<T>;
+          if (task < first || task >= last) continue;
+          if (!copied) copy_columns(p.a + k * p.a_depth + row, p.a_depth, depth, rows, a_block);
+          copied = true;
+          const ProductTile<T, false> tile = {a_block,
+                                              kRowBlock,
+                                              scratch + (panel - group) * kDepthBlock * kPanel<T>,
+                                              depth,
+                                              p.c + row * p.c_stride + column,
+                                              p.c_stride,
+                                              p.columns - column,
+                                              p.accumulate || k > 0};
+          for (int64_t t = 0; t < tiles_of(rows); ++t) dispatch_tile(rows, t, tile);
+        }
+      }
+    }
+  }
 }
 
 template <typename T>

@@ -99,6 +99,11 @@ CNNRNN_INLINE void dispatch_tile(int64_t rows, int64_t tile, const F& f) {
   f.template run<1>(begin);
 }
 
+// What a tile reads or writes besides its product is asked for before the product, which takes long enough
+// for it to arrive from main memory. An address past the end of a buffer is harmless to ask for.
+CNNRNN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+CNNRNN_INLINE void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 2); }
+
 // How many of `lanes` columns beginning at `column` exist.
 CNNRNN_INLINE int64_t valid(int64_t columns, int64_t column, int lanes) {
   const int64_t left = columns - column;
