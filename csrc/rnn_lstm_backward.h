@@ -60,7 +60,7 @@ class LstmBackward {
           const int64_t step = p.steps - 1 - s, t = p.time(d, step);
           const int64_t state = p.state_offset(d) + row * H;
           LstmBackwardStep<T> b{};
-          b.rows = rows, b.hidden = H;
+          b.rows = rows, b.hidden = H, b.downward = s % 2 == 1;
           if (s > 0) b.d_next = d_at(d, p.time(d, step + 1)) + row * d_stride();
           b.d_stride = d_stride();
           b.r = r_at(d);

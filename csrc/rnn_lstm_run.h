@@ -211,6 +211,7 @@ void lstm_forward_run(const LstmKernels<T>& k, const LstmProblem<T>& p, const Ls
                         state = p.state_offset(d) + row * H;
           const bool first = from + s == 0;
           LstmForwardStep<T> step{};
+          step.downward = s % 2 == 1;
           step.rows = rows, step.hidden = H, step.input = p.input;
           if (fused) {
             step.x = p.x + (t * N + row) * p.input, step.x_stride = p.input;

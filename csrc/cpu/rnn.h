@@ -14,7 +14,8 @@ namespace cnnrnn {
 template <typename T>
 struct LstmForwardStep {
   int64_t rows, hidden, input;
-  const T* x;  // [rows, input], or null: then `gates` holds x * W already
+  bool downward;  // tasks in falling order: every other step, so that what is in cache is used first
+  const T* x;     // [rows, input], or null: then `gates` holds x * W already
   int64_t x_stride;
   const T* w;  // packed [ceil(hidden / lanes)][input][4][lanes]
   const T* h;  // [rows, hidden]: the state before
@@ -36,6 +37,7 @@ struct LstmForwardStep {
 template <typename T>
 struct LstmBackwardStep {
   int64_t rows, hidden;
+  bool downward;
   const T* d_next;  // [rows, 4, hidden]: gradient of the pre-activations one step later; null at the last
   int64_t d_stride;
   const T* r;     // packed [ceil(hidden / (4 * lanes))][4 * hidden][4 * lanes]

@@ -128,8 +128,10 @@ struct BackwardTile {
 template <template <typename> class Tile, typename T, typename Step>
 CNNRNN_INLINE void run_tasks(const Step& step, int64_t first, int64_t last) {
   const int64_t tiles = tiles_of(step.rows);
-  for (int64_t task = first; task < last; ++task)
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t task = step.downward ? first + last - 1 - i : i;
     dispatch_tile(step.rows, task % tiles, Tile<T>{step, task / tiles});
+  }
 }
 
 template <typename T>

@@ -11,7 +11,7 @@ using cnnrnn::Product;
 // a block of A's columns (rows of the product) are copied side by side: A comes with a stride that would
 // touch a new page at every depth, and each copy serves many tiles.
 constexpr int64_t kDepthBlock = 256;
-constexpr int64_t kPanelGroup = 6;
+constexpr int64_t kPanelGroup = 8;
 constexpr int64_t kRowBlock = 8 * kTileRows;
 
 template <typename T>
@@ -38,11 +38,16 @@ void pack_gates(const T* w, int64_t hidden, int64_t depth, int64_t first, int64_
   for (int64_t p = first; p < last; ++p) {
     T* panel = out + p * depth * kPanel<T>;
     const int64_t n = valid(hidden, p * L, L);
-    for (int g = 0; g < 4; ++g) {
-      const T* rows = w + (g * hidden + p * L) * depth;
-      for (int64_t k = 0; k < depth; ++k) {
-        T* line = panel + (k * 4 + g) * L;
-        for (int64_t l = 0; l < L; ++l) line[l] = l < n ? rows[l * depth + k] : T(0);
+    for (int64_t k = 0; k < depth; k += L) {
+      const int64_t width = valid(depth, k, L);
+      for (int g = 0; g < 4; ++g) {
+        const T* from = w + (g * hidden + p * L) * depth + k;
+        Vec<T> rows[L];
+        for (int l = 0; l < L; ++l) rows[l] = l < n ? load_n(from + l * depth, width) : Vec<T>{};
+        transpose<T>(rows);
+        T* to = panel + (k * 4 + g) * L;
+        for (int l = 0; l < L; ++l)
+          if (l < width) storeu(to + l * 4 * L, rows[l]);
       }
     }
   }
