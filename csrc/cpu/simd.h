@@ -112,4 +112,36 @@ CNNRNN_INLINE V vmin(V a, V b) {
   return a < b ? a : b;
 }
 
+// a[0], b[0], a[1], b[1], ... beginning at a[first]; first is 0 or half the lanes.
+template <typename T, int first>
+CNNRNN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
+  constexpr int L = kLanesOf<T>;
+#if defined(__clang__)
+  Vec<T> v = a;
+  for (int i = 0; i < L; ++i) v[i] = i % 2 ? b[first + i / 2] : a[first + i / 2];
+  return v;
+#else
+  typename Simd<T>::I order{};
+  for (int i = 0; i < L; ++i) order[i] = first + i / 2 + (i % 2 ? L : 0);
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// rows[i][j] becomes rows[j][i]: log2(lanes) perfect shuffles.
+template <typename T>
+CNNRNN_INLINE void transpose(Vec<T> (&rows)[kLanesOf<T>]) {
+  constexpr int L = kLanesOf<T>;
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    Vec<T> next[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = interleave<T, 0>(rows[i], rows[i + L / 2]);
+      next[2 * i + 1] = interleave<T, L / 2>(rows[i], rows[i + L / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
+
 }  // namespace

@@ -1,0 +1,181 @@
+// Packing, and the matrix products outside the scan: gradients of the input and of the weights.
+#pragma once
+
+#include "rnn_tile.h"
+
+namespace {
+
+using cnnrnn::Product;
+
+// Products whose A is contiguous by column go slice by slice of the depth. Of a slice, some panels of B and
+// a block of A's columns (rows of the product) are copied side by side: A comes with a stride that would
+// touch a new page at every depth, and each copy serves many tiles.
+constexpr int64_t kDepthBlock = 256;
+constexpr int64_t kPanelGroup = 8;
+constexpr int64_t kRowBlock = 8 * kTileRows;
+
+template <typename T>
+constexpr int64_t kProductScratch = kDepthBlock * (kPanelGroup * kPanel<T> + kRowBlock);
+
+template <typename T>
+CNNRNN_INLINE void pack_panel(const T* b, int64_t stride, int64_t depth, int64_t columns, T* out) {
+  constexpr int L = kLanesOf<T>;
+  for (int64_t k = 0; k < depth; ++k)
+    for (int v = 0; v < 4; ++v)
+      storeu(out + (k * 4 + v) * L, load_n(b + k * stride + v * L, valid(columns, v * L, L)));
+}
+
+template <typename T>
+void pack_columns(const T* b, int64_t stride, int64_t depth, int64_t columns, int64_t first, int64_t last,
+                  T* out) {
+  for (int64_t p = first; p < last; ++p)
+    pack_panel(b + p * kPanel<T>, stride, depth, columns - p * kPanel<T>, out + p * depth * kPanel<T>);
+}
+
+template <typename T>
+void pack_gates(const T* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out) {
+  constexpr int L = kLanesOf<T>;
+  for (int64_t p = first; p < last; ++p) {
+    T* panel = out + p * depth * kPanel<T>;
+    const int64_t n = valid(hidden, p * L, L);
+    for (int64_t k = 0; k < depth; k += L) {
+      const int64_t width = valid(depth, k, L);
+      for (int g = 0; g < 4; ++g) {
+        const T* from = w + (g * hidden + p * L) * depth + k;
+        Vec<T> rows[L];
+        for (int l = 0; l < L; ++l) rows[l] = l < n ? load_n(from + l * depth, width) : Vec<T>{};
+        transpose<T>(rows);
+        T* to = panel + (k * 4 + g) * L;
+        for (int l = 0; l < L; ++l)
+          if (l < width) storeu(to + l * 4 * L, rows[l]);
+      }
+    }
+  }
+}
+
+template <typename T>
+void pack_bias(const T* ih, const T* hh, int64_t hidden, T* out) {
+  constexpr int L = kLanesOf<T>;
+  for (int64_t unit = 0; unit < hidden; unit += L) {
+    const int64_t n = valid(hidden, unit, L);
+    for (int g = 0; g < 4; ++g) {
+      const int64_t at = g * hidden + unit;
+      storeu(out + unit * 4 + g * L, load_n(ih + at, n) + load_n(hh + at, n));
+    }
+  }
+}
+
+template <typename T, bool kByRow>
+struct ProductTile {
+  const T* a;
+  int64_t a_stride;
+  const T* b;
+  int64_t depth;
+  T* c;
+  int64_t c_stride, columns;
+  bool accumulate;
+
+  template <int Rows>
+  void run(int64_t row) const {
+    constexpr int L = kLanesOf<T>;
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < 4; ++v) prefetch_to_write(c + (row + r) * c_stride + v * L);
+    Vec<T> acc[Rows][4] = {};
+    if constexpr (kByRow)
+      add_product<T, Rows>(acc, a + row * a_stride, a_stride, b, depth);
+    else
+      multiply_tile<T, Rows, false>(acc, a + row, a_stride, b, depth);
+    for (int r = 0; r < Rows; ++r) {
+      for (int v = 0; v < 4; ++v) {
+        const int64_t n = valid(columns, v * L, L);
+        T* to = c + (row + r) * c_stride + v * L;
+        if (n == 0) break;
+        store_n(to, accumulate ? load_n(to, n) + acc[r][v] : acc[r][v], n);
+      }
+    }
+  }
+};
+
+// Tasks: panels of B x tiles of rows.
+template <typename T>
+void multiply_packed(const Product<T>& p, int64_t first, int64_t last) {
+  const int64_t tiles = tiles_of(p.rows);
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t panel = task / tiles, column = panel * kPanel<T>;
+    const ProductTile<T, true> tile = {p.a,
+                                       p.a_row,
+                                       p.b + panel * p.depth * kPanel<T>,
+                                       p.depth,
+                                       p.c + column,
+                                       p.c_stride,
+                                       p.columns - column,
+                                       p.accumulate};
+    dispatch_tile(p.rows, task % tiles, tile);
+  }
+}
+
+template <typename T>
+CNNRNN_INLINE void copy_columns(const T* a, int64_t stride, int64_t depth, int64_t columns, T* out) {
+  constexpr int L = kLanesOf<T>;
+  static_assert(kRowBlock % kLanesOf<T> == 0, "a block of A is whole vectors");
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t m = 0; m < kRowBlock; m += L)
+      storeu(out + k * kRowBlock + m, load_n(a + k * stride + m, valid(columns, m, L)));
+}
+
+// Tasks: panels of B x blocks of kRowBlock rows.
+template <typename T>
+void multiply_unpacked(const Product<T>& p, int64_t first, int64_t last, T* scratch) {
+  if (first >= last) return;
+  const int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock;
+  T* const a_block = scratch + kDepthBlock * kPanelGroup * kPanel<T>;
+  const int64_t panel_end = (last - 1) / blocks + 1;
+  for (int64_t group = first / blocks; group < panel_end; group += kPanelGroup) {
+    const int64_t group_end = group + kPanelGroup < panel_end ? group + kPanelGroup : panel_end;
+    for (int64_t k = 0; k == 0 || k < p.depth; k += kDepthBlock) {
+      const int64_t depth = p.depth - k < kDepthBlock ? p.depth - k : kDepthBlock;
+      for (int64_t panel = group; panel < group_end; ++panel)
+        pack_panel(p.b + k * p.b_stride + panel * kPanel<T>, p.b_stride, depth, p.columns - panel * kPanel<T>,
+                   scratch + (panel - group) * kDepthBlock * kPanel<T>);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t row = block * kRowBlock;
+        const int64_t rows = p.rows - row < kRowBlock ? p.rows - row : kRowBlock;
+        bool copied = false;
+        for (int64_t panel = group; panel < group_end; ++panel) {
+          const int64_t task = panel * blocks + block, column = panel * kPanel<T>;
+          if (task < first || task >= last) continue;
+          if (!copied) copy_columns(p.a + k * p.a_depth + row, p.a_depth, depth, rows, a_block);
+          copied = true;
+          const ProductTile<T, false> tile = {a_block,
+                                              kRowBlock,
+                                              scratch + (panel - group) * kDepthBlock * kPanel<T>,
+                                              depth,
+                                              p.c + row * p.c_stride + column,
+                                              p.c_stride,
+                                              p.columns - column,
+                                              p.accumulate || k > 0};
+          for (int64_t t = 0; t < tiles_of(rows); ++t) dispatch_tile(rows, t, tile);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void sum_rows(const T* a, int64_t stride, int64_t depth, int64_t first, int64_t last, T* out) {
+  constexpr int L = kLanesOf<T>;
+  for (int64_t m = first; m < last; m += L) {
+    const int64_t n = valid(last, m, L);
+    // Two levels of partial sums, as in the products.
+    Vec<T> total{};
+    for (int64_t k = 0; k < depth; k += kDepthBlock) {
+      const int64_t end = k + kDepthBlock < depth ? k + kDepthBlock : depth;
+      Vec<T> sum{};
+      for (int64_t i = k; i < end; ++i) sum += load_n(a + i * stride + m, n);
+      total += sum;
+    }
+    store_n(out + m, total, n);
+  }
+}
+
+}  // namespace
