@@ -239,7 +239,8 @@ class BuildLibraries(build_ext):
 
         python_include = Path(sysconfig.get_paths()["include"])
         if (python_include / "Python.h").exists():  # systems may package it apart; the operators need none
-            compiler_name = subprocess.check_output([*cxx.split(), "--version"], text=True).splitlines()[0]
+            said = subprocess.check_output([*cxx.split(), "--version"], text=True)
+            compiler_name = next(iter(said.splitlines()), cxx)
             defines = {
                 "CNNRNN_VERSION": VERSION,
                 "CNNRNN_COMPILER": compiler_name,

@@ -60,7 +60,8 @@ def _load(name, device, built_reason, usable_reason):
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return Library(name, device, False, _diagnose(error))
+        # torch wraps the loader's own words in an error that only names the file.
+        return Library(name, device, False, _diagnose(error.__cause__ or error))
     return Library(name, device, True, None)
 
 
