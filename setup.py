@@ -264,7 +264,7 @@ class BuildLibraries(build_ext):
                 description="NVCC $in",
             )
             nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            nvcc_flags += gencode_flags()
+            nvcc_flags += [f"-I{ROOT}/csrc", *gencode_flags()]  # csrc: the arithmetic shared with the CPU
             kernels = [ninja.compile("nvcc", s, "_ops_cuda", nvcc_flags) for s in CUDA_KERNEL_SOURCES]
             cuda_home = find_cuda_home(nvcc)
             # cudart is linked statically: the library brings its own and shares torch's driver context.
