@@ -67,7 +67,8 @@ def find_tools():
     if importlib.util.find_spec("torch") is None:
         return None, (
             "torch cannot be imported in the build environment; "
-            "build into your own torch with: pip install --no-build-isolation ."
+            "build into your own torch with: "
+            "pip install 'setuptools>=77' ninja pybind11 && pip install --no-build-isolation ."
         )
     for module in ("ninja", "pybind11"):
         if importlib.util.find_spec(module) is None:
