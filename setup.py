@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,21 +61,22 @@ def flag(name):
 
 def find_tools():
     """The compilers and torch, or the reason why nothing can be compiled."""
-    compiler = os.environ.get("CXX") or next(
-        (c for c in ("g++", "clang++", "c++") if shutil.which(c)), None
-    )
+    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
     if compiler is None or shutil.which(compiler.split()[0]) is None:
         return None, "no C++ compiler found (g++, clang++, c++, or the one named by CXX)"
     if importlib.util.find_spec("torch") is None:
         return None, (
             "torch cannot be imported in the build environment; "
-            "build into your own torch with: pip install --no-build-isolation ."
+            "build into your own torch with: "
+            "pip install 'setuptools>=77' ninja pybind11 && pip install --no-build-isolation ."
         )
     for module in ("ninja", "pybind11"):
         if importlib.util.find_spec(module) is None:
             return None, f"{module} is missing in the build environment: pip install ninja pybind11"
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return None, f"the installed torch cannot be imported: {error}"
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < TORCH_TARGET:
         return None, f"torch {torch.__version__} is older than {TORCH_TARGET[0]}.{TORCH_TARGET[1]}"
@@ -94,6 +96,15 @@ def find_cuda(torch):
     if wish != "1" and torch.version.cuda is None:
         return None, "this torch is a CPU build (CNNRNN_CUDA=1 compiles the CUDA library all the same)"
     return nvcc, None
+
+
+def find_cuda_home(nvcc):
+    """The toolkit's folder, from nvcc itself: the nvcc found on PATH may be a wrapper or a link."""
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], stderr=subprocess.PIPE, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", plan.stderr, re.MULTILINE)
+    if top is None:
+        raise RuntimeError(f"{nvcc} --dryrun does not tell where the CUDA toolkit is")
+    return Path(top[1].strip()).resolve()
 
 
 def gencode_flags():
@@ -119,18 +130,27 @@ class Ninja:
 
     def compile(self, rule, source, library, flags):
         target = f"{library}/{source}.o"
-        self.lines.append(f"build {target}: {rule} {ROOT.as_posix()}/{source}".replace(":/", "$:/", 0))
-        self.lines.append(f"  flags = {' '.join(flags)}")
+        self.lines.append(f"build {target}: {rule} {self.path(ROOT / source)}")
+        self.lines.append(f"  flags = {self.quoted(flags)}")
         return target
 
     def link(self, rule, output, objects, flags):
-        self.lines.append(f"build {output}: {rule} {' '.join(objects)}")
-        self.lines.append(f"  flags = {' '.join(flags)}")
+        self.lines.append(f"build {self.path(output)}: {rule} {' '.join(objects)}")
+        self.lines.append(f"  flags = {self.quoted(flags)}")
+
+    @staticmethod
+    def path(path):
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    @staticmethod
+    def quoted(flags):
+        return shlex.join(map(str, flags)).replace("$", "$$")
 
     def run(self):
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(self.folder), *jobs])
+        if subprocess.call([sys.executable, "-m", "ninja", "-C", str(self.folder), *jobs]):
+            raise RuntimeError("compilation failed; pip install -v shows the compiler's messages")
 
 
 class BuildLibraries(build_ext):
@@ -146,6 +166,7 @@ class BuildLibraries(build_ext):
         except (RuntimeError, subprocess.CalledProcessError, OSError) as error:
             if flag("CNNRNN_REQUIRE_EXT"):
                 raise
+            self.remove_outputs(keep=())
             status["cpu"] = str(error)
             status["cuda"] = "the C++ library was not built"
             warnings.warn(
@@ -157,6 +178,17 @@ class BuildLibraries(build_ext):
 
     def package_folder(self):
         return ROOT / PACKAGE if self.inplace or self.editable_mode else Path(self.build_lib) / PACKAGE
+
+    def get_source_files(self):
+        """What a source distribution needs to compile from."""
+        files = (path for folder in ("csrc", "cuda") for path in (ROOT / folder).rglob("*"))
+        return sorted(str(path.relative_to(ROOT)) for path in files if path.is_file())
+
+    def remove_outputs(self, keep):
+        """Removes libraries of an earlier build that this one does not make: a stale one would be loaded."""
+        for path in map(Path, self.get_outputs()):
+            if path.name not in keep:
+                path.unlink()
 
     def get_outputs(self):
         return [str(path) for path in self.package_folder().glob("_*.so")]
@@ -170,14 +202,18 @@ class BuildLibraries(build_ext):
         torch_root = Path(torch.__file__).parent
         target = (TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)
         ops_flags = [
-            *(f"-isystem {torch_root}/{sub}" for sub in ("include", "include/torch/csrc/api/include")),
+            *("-isystem", torch_root / "include"),
+            *("-isystem", torch_root / "include/torch/csrc/api/include"),
             f"-DTORCH_TARGET_VERSION=0x{target:016x}ULL",
             f"-I{ROOT}/csrc",
         ]
-        user_flags = os.environ.get("CXXFLAGS", "").split()
-        out = self.package_folder()
+        user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+        out = self.package_folder().resolve()
 
-        ninja = Ninja(Path(self.build_temp).resolve() / "ninja")
+        # One folder for every in-place build, pip's editable install included: each stays incremental.
+        folder = ROOT / "build/inplace" if out == ROOT / PACKAGE else Path(self.build_temp).resolve()
+        ninja = Ninja(folder / f"ninja-{sys.implementation.cache_tag}")
+        names = []
         ninja.rule(
             "cxx",
             f"{cxx} -MMD -MF $out.d $flags -c $in -o $out",
@@ -188,11 +224,12 @@ class BuildLibraries(build_ext):
         ninja.rule("link", f"{cxx} -shared $in -o $out $flags", description="LINK $out")
 
         def library(name, sources, flags, link_flags, extra=()):
+            names.append(f"{name}.so")
             objects = [
                 ninja.compile("cxx", s, name, [*COMMON_FLAGS, *flags, *ISA_FLAGS.get(s, []), *user_flags])
                 for s in sources
             ]
-            ninja.link("link", f"{out.resolve()}/{name}.so", [*objects, *extra], link_flags)
+            ninja.link("link", out / f"{name}.so", [*objects, *extra], link_flags)
 
         ISA_FLAGS = {
             source: KERNEL_FLAGS + (flags if IS_X86 else []) for source, flags in ISA_SOURCES.items()
@@ -201,20 +238,23 @@ class BuildLibraries(build_ext):
         torch_link = [f"-L{torch_root}/lib", "-ltorch_cpu"]
         library("_ops_cpu", CPU_SOURCES + isa_sources, ops_flags, torch_link)
 
-        compiler_name = subprocess.check_output([*cxx.split(), "--version"], text=True).splitlines()[0]
-        quoted = {
-            "CNNRNN_VERSION": VERSION,
-            "CNNRNN_COMPILER": compiler_name,
-            "CNNRNN_TORCH_VERSION": torch.__version__,
-            "CNNRNN_TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
-        }
-        info_flags = [
-            f"-I{pybind11.get_include()}",
-            f"-isystem {sysconfig.get_paths()['include']}",
-            *(f"""'-D{key}="{value}"'""" for key, value in quoted.items()),
-        ]
-        info_name = "_C" + sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
-        library(info_name, INFO_SOURCES, info_flags, [])
+        python_include = Path(sysconfig.get_paths()["include"])
+        if (python_include / "Python.h").exists():  # systems may package it apart; the operators need none
+            said = subprocess.check_output([*cxx.split(), "--version"], text=True)
+            compiler_name = next(iter(said.splitlines()), cxx)
+            defines = {
+                "CNNRNN_VERSION": VERSION,
+                "CNNRNN_COMPILER": compiler_name,
+                "CNNRNN_TORCH_VERSION": torch.__version__,
+                "CNNRNN_TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
+            }
+            info_flags = [
+                f"-I{pybind11.get_include()}",
+                *("-isystem", python_include),
+                *(f'-D{key}="{value}"' for key, value in defines.items()),
+            ]
+            info_name = "_C" + sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so")
+            library(info_name, INFO_SOURCES, info_flags, [])
 
         if nvcc:
             ninja.rule(
@@ -225,15 +265,15 @@ class BuildLibraries(build_ext):
                 description="NVCC $in",
             )
             nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            nvcc_flags += gencode_flags()
+            nvcc_flags += [f"-I{ROOT}/csrc", *gencode_flags()]  # csrc: the arithmetic shared with the CPU
             kernels = [ninja.compile("nvcc", s, "_ops_cuda", nvcc_flags) for s in CUDA_KERNEL_SOURCES]
-            cuda_home = Path(shutil.which(nvcc)).resolve().parent.parent
-            cuda_include = f"-isystem {cuda_home}/include"
+            cuda_home = find_cuda_home(nvcc)
             # cudart is linked statically: the library brings its own and shares torch's driver context.
             cuda_link = [*torch_link, f"-L{cuda_home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-            host_flags = [*ops_flags, cuda_include, f"-I{ROOT}/cuda"]
+            host_flags = [*ops_flags, "-isystem", cuda_home / "include", f"-I{ROOT}/cuda"]
             library("_ops_cuda", CUDA_HOST_SOURCES, host_flags, cuda_link, extra=kernels)
         out.mkdir(parents=True, exist_ok=True)
+        self.remove_outputs(keep=names)
         ninja.run()
         return no_cuda
 

@@ -60,7 +60,8 @@ def _load(name, device, built_reason, usable_reason):
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return Library(name, device, False, _diagnose(error))
+        # torch wraps the loader's own words in an error that only names the file.
+        return Library(name, device, False, _diagnose(error.__cause__ or error))
     return Library(name, device, True, None)
 
 
@@ -85,9 +86,11 @@ def libraries():
 def build_module():
     """The pybind11 module ``_C``, or None where it was not built."""
     try:
-        return importlib.import_module("cnnrnn_ext._C")
+        module = importlib.import_module("cnnrnn_ext._C")
     except ImportError:
         return None
+    # An editable install elsewhere answers for names that this package lacks.
+    return module if Path(module.__file__).parent == HERE else None
 
 
 def _find_kernel(device, dtype):
