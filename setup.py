@@ -187,12 +187,12 @@ class BuildLibraries(build_ext):
         )
         ninja.rule("link", f"{cxx} -shared $in -o $out $flags", description="LINK $out")
 
-        def library(name, sources, flags, link_flags, extra=()):
+        def library(name, sources, flags, link_flags, extra=(), link="link"):
             objects = [
                 ninja.compile("cxx", s, name, [*COMMON_FLAGS, *flags, *ISA_FLAGS.get(s, []), *user_flags])
                 for s in sources
             ]
-            ninja.link("link", f"{out.resolve()}/{name}.so", [*objects, *extra], link_flags)
+            ninja.link(link, f"{out.resolve()}/{name}.so", [*objects, *extra], link_flags)
 
         ISA_FLAGS = {
             source: KERNEL_FLAGS + (flags if IS_X86 else []) for source, flags in ISA_SOURCES.items()
@@ -224,15 +224,14 @@ class BuildLibraries(build_ext):
                 deps="gcc",
                 description="NVCC $in",
             )
-            nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            nvcc_flags += gencode_flags()
+            # nvcc links, because it knows where its libraries are. cudart goes in statically: the library
+            # brings its own and shares torch's driver context.
+            ninja.rule("nvlink", f"{nvcc} -ccbin {cxx} -shared -cudart static $in -o $out $flags")
+            nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{ROOT}/csrc"]
+            nvcc_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode_flags()]
             kernels = [ninja.compile("nvcc", s, "_ops_cuda", nvcc_flags) for s in CUDA_KERNEL_SOURCES]
-            cuda_home = Path(shutil.which(nvcc)).resolve().parent.parent
-            cuda_include = f"-isystem {cuda_home}/include"
-            # cudart is linked statically: the library brings its own and shares torch's driver context.
-            cuda_link = [*torch_link, f"-L{cuda_home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-            host_flags = [*ops_flags, cuda_include, f"-I{ROOT}/cuda"]
-            library("_ops_cuda", CUDA_HOST_SOURCES, host_flags, cuda_link, extra=kernels)
+            host_flags = [*ops_flags, f"-I{ROOT}/cuda"]
+            library("_ops_cuda", CUDA_HOST_SOURCES, host_flags, torch_link, extra=kernels, link="nvlink")
         out.mkdir(parents=True, exist_ok=True)
         ninja.run()
         return no_cuda

@@ -115,9 +115,9 @@ Map input_map(const Tensor& t) { return map_of(const_cast<void*>(input(t)), t); 
 void forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
              const Tensor& y, Map code, const Device& device) {
   if (y.numel() == 0) return;
-  const Tensor w = dense(weight);
-  const OptionalTensor b = bias ? OptionalTensor(dense(*bias)) : std::nullopt;
-  conv_pool_forward(dtype_of(x), s, input_map(x), input(w), input(b), output_map(y), code, device.stream);
+  const Tensor w = dense(weight), b = bias ? dense(*bias) : w;
+  conv_pool_forward(dtype_of(x), s, input_map(x), input(w), bias ? input(b) : nullptr, output_map(y), code,
+                    device.stream);
 }
 
 Tensor conv_pool2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Ints& stride,

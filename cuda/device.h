@@ -71,7 +71,7 @@ inline void announce(const Tensor& t) {
     case ScalarType::BFloat16: bytes = 2; break;
     default: break;
   }
-  emulator::announce_memory(t.const_data_ptr(), (last + 1) * bytes);
+  emulator::announce_memory(t.const_data_ptr(), (last + 1) * bytes, bytes);
 }
 
 #endif

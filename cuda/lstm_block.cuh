@@ -121,7 +121,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1) lstm_block_backward(LstmBack
     dh = load_or_zero<A, T>(p.grad_h_n, state_at(s, direction, row, unit));
     dc = load_or_zero<A, T>(p.grad_c_n, state_at(s, direction, row, unit));
   }
-  block_barrier();
 
   for (int step = s.steps - 1; step >= 0; --step) {
     const int time = time_of(s, step, direction);

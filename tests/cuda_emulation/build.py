@@ -38,7 +38,7 @@ def build():
     ]
     objects = []
     for source in [*HOST, *KERNELS, *EMULATOR]:
-        special = checked if source in KERNELS else ["-O1"]
+        special = checked if source in KERNELS else ["-O2" if source in EMULATOR else "-O1"]
         objects.append(f"{Path(source).name}.o")
         lines.append(f"build {objects[-1]}: compile {ROOT / source}\n  flags = {' '.join(flags + special)}")
     lines.append(f"build {library}: link {' '.join(objects)}")

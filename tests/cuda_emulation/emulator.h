@@ -3,7 +3,8 @@
 // One fiber per CUDA thread; a collective is a rendezvous. The order is adversarial: a warp drawn at random
 // runs until it is stuck. Every load and store of the kernels (the compiler's -fsanitize=thread calls,
 // answered by emulator.cpp instead of libtsan) is checked for
-//   races           two accesses to a byte, one a write, with no barrier of a common scope between them
+//   races           two accesses to a cell (an element, at most 4 bytes), one a write, with no barrier of a
+//                   common scope between them
 //   bounds          only tensors that were announced, the block's own shared memory and the thread's stack
 //   uninitialised   shared memory read before any thread wrote it (it is also filled with 0xFF, a NaN)
 // and barriers for deadlock, early exit and divergence (threads of one block at different barriers).
@@ -41,8 +42,9 @@ struct Site {  // the place of a collective in the source
 // All threads of the scope meet here.
 void rendezvous(Scope scope, Site site);
 
-// Tells the bounds check that kernels may touch [data, data + bytes). forget_memory() ends all of them.
-void announce_memory(const void* data, size_t bytes);
+// Tells the bounds check that kernels may touch [data, data + bytes), whose elements have `element` bytes.
+// forget_memory() ends all of them.
+void announce_memory(const void* data, size_t bytes, size_t element);
 void forget_memory();
 
 // Runs body once for every thread of the grid. Throws std::runtime_error with the first violation.

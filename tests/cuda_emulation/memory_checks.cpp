@@ -15,12 +15,13 @@ namespace {
 
 struct Range {
   uintptr_t begin = 0, end = 0;
+  uintptr_t cell = 4;  // bytes that races are told apart by: the smallest thing anybody stores there
   bool holds(uintptr_t address, size_t bytes) const { return address >= begin && address + bytes <= end; }
 };
 
 Range make_range(const void* begin, size_t bytes) {
   const auto address = reinterpret_cast<uintptr_t>(begin);
-  return {address, address + bytes};
+  return {address, address + bytes, 4};
 }
 
 Range stack, shared, fibers, launch_frames;
@@ -38,7 +39,7 @@ const std::vector<Range>& library_image() {
             const auto& header = info->dlpi_phdr[i];
             if (header.p_type != PT_LOAD) continue;
             const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
-            segments.push_back({begin, begin + header.p_memsz});
+            segments.push_back({begin, begin + header.p_memsz, 4});
             ours |= segments.back().holds(reinterpret_cast<uintptr_t>(&announced), 1);
           }
           if (ours) *static_cast<std::vector<Range>*>(out) = segments;
@@ -50,7 +51,7 @@ const std::vector<Range>& library_image() {
   return image;
 }
 
-struct Cell {  // of one byte
+struct Cell {
   uint32_t owner = 0;
   bool written = false;
   Epoch write;
@@ -76,8 +77,10 @@ Cell& cell_of(uintptr_t address) {
 
 [[gnu::noinline]] void report(const char* what, uintptr_t address, const Epoch* other) {
   std::ostringstream text;
-  text << what << (shared.holds(address, 1) ? " in shared memory, byte " : " in global memory, address ")
-       << (shared.holds(address, 1) ? address - shared.begin : address);
+  text << what;
+  if (shared.holds(address, 1)) text << " in shared memory, byte " << address - shared.begin;
+  for (size_t i = 0; i < announced.size() && !shared.holds(address, 1); ++i)
+    if (announced[i].holds(address, 1)) text << " in tensor " << i << ", byte " << address - announced[i].begin;
   if (other) text << ", against thread " << other->thread << " of block number " << other->block;
   fail(text.str());
 }
@@ -108,26 +111,27 @@ void access(const void* pointer, size_t bytes, bool write) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   if (stack.holds(address, bytes)) return;
   const bool in_shared = shared.holds(address, bytes);
+  const Range* holder = &shared;
   if (!in_shared) {
     if (fibers.holds(address, bytes) || launch_frames.holds(address, bytes)) return;
-    bool known = false;
-    for (const Range& range : announced) known |= range.holds(address, bytes);
-    if (!known) {
+    for (const Range& range : announced)
+      if (range.holds(address, bytes)) holder = &range;
+    if (holder == &shared) {
       for (const Range& range : library_image())
         if (range.holds(address, bytes)) return;
       report(write ? "write out of bounds" : "read out of bounds", address, nullptr);
     }
   }
   const Epoch& now = current_epoch();
-  for (size_t i = 0; i < bytes; ++i) {
-    Cell& cell = cell_of(address + i);
+  for (uintptr_t at = address & ~(holder->cell - 1); at < address + bytes; at += holder->cell) {
+    Cell& cell = cell_of(at);
     // Shared memory is the block's own: what another block did at this address is forgotten.
     if (in_shared && cell.owner != now.block) cell = Cell{};
     cell.owner = now.block;
     if (write) {
-      note_write(cell, now, address + i);
+      note_write(cell, now, at);
     } else {
-      note_read(cell, now, address + i, in_shared);
+      note_read(cell, now, at, in_shared);
     }
   }
 }
@@ -144,10 +148,13 @@ void set_launch_frame(const void* frame) {
   pthread_getattr_np(pthread_self(), &attributes);
   pthread_attr_getstack(&attributes, &lowest, &bytes);
   pthread_attr_destroy(&attributes);
-  launch_frames = {reinterpret_cast<uintptr_t>(frame), reinterpret_cast<uintptr_t>(lowest) + bytes};
+  launch_frames = {reinterpret_cast<uintptr_t>(frame), reinterpret_cast<uintptr_t>(lowest) + bytes, 4};
 }
 
-void announce_memory(const void* data, size_t bytes) { announced.push_back(make_range(data, bytes)); }
+void announce_memory(const void* data, size_t bytes, size_t element) {
+  announced.push_back(make_range(data, bytes));
+  announced.back().cell = element < 4 ? element : 4;
+}
 
 void forget_memory() {
   announced.clear();

@@ -74,7 +74,7 @@ extern "C" __attribute__((visibility("default"))) const char* run_planted(int wh
   void (*const kernels[])(int*, bool) = {rotate,      recur,         half_a_block_waits, two_barriers, past_the_end,
                                          past_shared, never_written, blocks_collide};
   report.clear();
-  emulator::announce_memory(data, 2 * kThreads * sizeof(int));
+  emulator::announce_memory(data, 2 * kThreads * sizeof(int), sizeof(int));
   try {
     launch(kernels[which], dim3(which == 0 || which == 4 || which == 7 ? 2 : 1), kThreads, kThreads * sizeof(int),
            nullptr, data, sound);
