@@ -60,9 +60,7 @@ def flag(name):
 
 def find_tools():
     """The compilers and torch, or the reason why nothing can be compiled."""
-    compiler = os.environ.get("CXX") or next(
-        (c for c in ("g++", "clang++", "c++") if shutil.which(c)), None
-    )
+    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
     if compiler is None or shutil.which(compiler.split()[0]) is None:
         return None, "no C++ compiler found (g++, clang++, c++, or the one named by CXX)"
     if importlib.util.find_spec("torch") is None:

@@ -31,8 +31,8 @@ struct Map {
 constexpr uint8_t kNoGradient = 255;  // a code: no position of this window has a gradient
 
 // code.data may be null: nothing is kept for a backward.
-void conv_pool_forward(DType, const ConvPoolShape&, Map x, const void* weight, const void* bias, Map y, Map code,
-                       void* stream);
+void conv_pool_forward(DType, const ConvPoolShape&, Map x, const void* weight, const void* bias, Map y,
+                       Map code, void* stream);
 
 // grad_x is written whole.
 void conv_pool_grad_x(DType, const ConvPoolShape&, Map grad_y, Map code, const void* weight, Map grad_x,

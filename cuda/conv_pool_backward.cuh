@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kGradXThreads)
   constexpr int kIn = kGradXIn;
   const Geometry<k3x3Pool2> geometry{s};
   const Size2 kernel = geometry.kernel(), stride = geometry.stride(), dilation = geometry.dilation();
-  const Size2 pool = geometry.pool(), pool_stride = geometry.pool_stride(), pool_pad = geometry.pool_padding();
+  const Size2 pool = geometry.pool(), pool_stride = geometry.pool_stride(),
+              pool_pad = geometry.pool_padding();
   const int64_t index = int64_t(blockIdx.x) * kGradXThreads + threadIdx.x;
   const int64_t in_size = int64_t(s.in.h) * s.in.w;
   if (index >= s.n * in_size) return;
@@ -115,7 +116,8 @@ __global__ void __launch_bounds__(kGradWThreads)
   using A = Accumulator<T>;
   const Geometry<k3x3Pool2> geometry{s};
   const Size2 kernel = geometry.kernel(), stride = geometry.stride(), dilation = geometry.dilation();
-  const Size2 pool = geometry.pool(), pool_stride = geometry.pool_stride(), pool_pad = geometry.pool_padding();
+  const Size2 pool = geometry.pool(), pool_stride = geometry.pool_stride(),
+              pool_pad = geometry.pool_padding();
   auto* windows = shared_memory<LiveWindow<A>>();  // [blockDim.x]
 
   const int tid = threadIdx.x, threads = blockDim.x;
@@ -132,7 +134,8 @@ __global__ void __launch_bounds__(kGradWThreads)
     block_barrier();  // the last chunk has been read
     if (tid < count) {
       const int64_t index = chunk + tid, n = index / out_size;
-      const int out_h = static_cast<int>(index % out_size / s.out.w), out_w = static_cast<int>(index % s.out.w);
+      const int out_h = static_cast<int>(index % out_size / s.out.w),
+                out_w = static_cast<int>(index % s.out.w);
       const int winner = *at<const uint8_t>(code, n, k, out_h, out_w);
       LiveWindow<A> window{A(0), -1, 0, 0};
       if (winner != kNoGradient) {
@@ -158,9 +161,10 @@ __global__ void __launch_bounds__(kGradWThreads)
 
 template <typename T>
 __global__ void __launch_bounds__(kGradWThreads)
-    conv_pool_reduce_slices(const Accumulator<T>* partial, int slices, int k_all, int elements, T* grad_weight,
-                            T* grad_bias) {
-  const int64_t index = int64_t(blockIdx.x) * kGradWThreads + threadIdx.x, all = int64_t(k_all) * (elements + 1);
+    conv_pool_reduce_slices(const Accumulator<T>* partial, int slices, int k_all, int elements,
+                            T* grad_weight, T* grad_bias) {
+  const int64_t index = int64_t(blockIdx.x) * kGradWThreads + threadIdx.x,
+                all = int64_t(k_all) * (elements + 1);
   if (index >= all) return;
   Accumulator<T> sum = 0;
   for (int slice = 0; slice < slices; ++slice) sum += partial[slice * all + index];
@@ -196,8 +200,8 @@ void grad_weight(const ConvPoolShape& s, Map grad_y, Map code, Map x, void* work
   const int threads = std::min(kGradWThreads, ceil_div(elements + 1, 32) * 32);
   const int64_t slice_windows = ceil_div(int64_t(s.n) * s.out.h * s.out.w, int64_t(slices));
   auto* partial = static_cast<A*>(workspace);
-  launch(conv_pool_grad_weight_kernel<T, k3x3Pool2>, dim3(ceil_div(elements + 1, threads), s.k, slices), threads,
-         threads * sizeof(LiveWindow<A>), stream, s, grad_y, code, x, slice_windows, partial);
+  launch(conv_pool_grad_weight_kernel<T, k3x3Pool2>, dim3(ceil_div(elements + 1, threads), s.k, slices),
+         threads, threads * sizeof(LiveWindow<A>), stream, s, grad_y, code, x, slice_windows, partial);
   const int64_t blocks = ceil_div(int64_t(s.k) * (elements + 1), int64_t(kGradWThreads));
   launch(conv_pool_reduce_slices<T>, dim3(grid_size(blocks)), kGradWThreads, 0, stream, partial, slices, s.k,
          elements, static_cast<T*>(grad_weight), static_cast<T*>(grad_bias));

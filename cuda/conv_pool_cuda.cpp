@@ -46,21 +46,22 @@ int conv_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64
 
 int pool_size(int64_t in, int64_t window, int64_t stride, int64_t padding, bool ceil_mode) {
   check(2 * padding <= window, "pool_padding: expected at most half of pool_size, got ", padding);
-  check(in + 2 * padding >= window || (ceil_mode && in + 2 * padding >= 1),
-        "the pooling window (", window, ") is larger than its input (", in + 2 * padding, ")");
+  check(in + 2 * padding >= window || (ceil_mode && in + 2 * padding >= 1), "the pooling window (", window,
+        ") is larger than its input (", in + 2 * padding, ")");
   const int64_t rest = in + 2 * padding - window + (ceil_mode ? stride - 1 : 0);
   int64_t size = (rest < 0 ? 0 : rest / stride) + 1;
   if (ceil_mode && (size - 1) * stride >= in + padding) --size;  // a window must begin inside
   return static_cast<int>(size);
 }
 
-ConvPoolShape check_shapes(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Config& c) {
+ConvPoolShape check_shapes(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                           const Config& c) {
   check(x.dim() == 4, "x: expected shape [N, C, H, W], got ", shape(x));
   check(weight.dim() == 4, "weight: expected shape [K, C/groups, KH, KW], got ", shape(weight));
   check_like("weight", weight, "x", x);
   check(c.pool == "max", "pool: the CUDA kernels cover 'max', got '", c.pool, "'");
-  check(c.activation == "relu" || c.activation == "none", "activation: the CUDA kernels cover 'relu' and 'none', got '",
-        c.activation, "'");
+  check(c.activation == "relu" || c.activation == "none",
+        "activation: the CUDA kernels cover 'relu' and 'none', got '", c.activation, "'");
   ConvPoolShape s{};
   constexpr int64_t kGridLimit = 65535;
   s.n = dimension("x", x, 0), s.c = dimension("x", x, 1, kGridLimit);
@@ -102,7 +103,8 @@ bool is_channels_last(const Tensor& t) {
 }
 
 // A new [n, c, h, w] of x's memory format.
-Tensor empty_map(const Tensor& x, int64_t n, int64_t c, Size2 size, std::optional<ScalarType> dtype = std::nullopt) {
+Tensor empty_map(const Tensor& x, int64_t n, int64_t c, Size2 size,
+                 std::optional<ScalarType> dtype = std::nullopt) {
   if (!is_channels_last(x)) return empty_like_of(x, {n, c, size.h, size.w}, dtype);
   const Tensor nhwc = empty_like_of(x, {n, size.h, size.w, c}, dtype);
   return torch::stable::transpose(torch::stable::transpose(nhwc, 1, 3), 2, 3);
@@ -124,23 +126,24 @@ Tensor conv_pool2d(const Tensor& x, const Tensor& weight, const OptionalTensor& 
                    const Ints& padding, const Ints& dilation, int64_t groups, const std::string& activation,
                    const std::string& pool, const Ints& pool_size, const Ints& pool_stride,
                    const Ints& pool_padding, bool ceil_mode) {
-  const ConvPoolShape s =
-      check_shapes(x, weight, bias, {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride,
-                                     pool_padding, ceil_mode});
+  const ConvPoolShape s = check_shapes(
+      x, weight, bias,
+      {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   const Device device(x);
   const Tensor y = empty_map(x, s.n, s.k, s.out);
   forward(s, x, weight, bias, y, Map{}, device);
   return y;
 }
 
-std::tuple<Tensor, Tensor> conv_pool2d_train(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                             const Ints& stride, const Ints& padding, const Ints& dilation,
-                                             int64_t groups, const std::string& activation,
-                                             const std::string& pool, const Ints& pool_size,
-                                             const Ints& pool_stride, const Ints& pool_padding, bool ceil_mode) {
-  const ConvPoolShape s =
-      check_shapes(x, weight, bias, {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride,
-                                     pool_padding, ceil_mode});
+std::tuple<Tensor, Tensor> conv_pool2d_train(const Tensor& x, const Tensor& weight,
+                                             const OptionalTensor& bias, const Ints& stride,
+                                             const Ints& padding, const Ints& dilation, int64_t groups,
+                                             const std::string& activation, const std::string& pool,
+                                             const Ints& pool_size, const Ints& pool_stride,
+                                             const Ints& pool_padding, bool ceil_mode) {
+  const ConvPoolShape s = check_shapes(
+      x, weight, bias,
+      {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   const Device device(x);
   const Tensor y = empty_map(x, s.n, s.k, s.out), code = empty_map(x, s.n, s.k, s.out, ScalarType::Byte);
   forward(s, x, weight, bias, y, output_map(code), device);
@@ -148,13 +151,13 @@ std::tuple<Tensor, Tensor> conv_pool2d_train(const Tensor& x, const Tensor& weig
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
-    const Tensor& grad_y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& code,
-    const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups, const std::string& activation,
-    const std::string& pool, const Ints& pool_size, const Ints& pool_stride, const Ints& pool_padding,
-    bool ceil_mode, bool need_x, bool need_weight, bool need_bias) {
-  const ConvPoolShape s =
-      check_shapes(x, weight, bias, {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride,
-                                     pool_padding, ceil_mode});
+    const Tensor& grad_y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+    const Tensor& code, const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+    const std::string& activation, const std::string& pool, const Ints& pool_size, const Ints& pool_stride,
+    const Ints& pool_padding, bool ceil_mode, bool need_x, bool need_weight, bool need_bias) {
+  const ConvPoolShape s = check_shapes(
+      x, weight, bias,
+      {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   check_like("grad_y", grad_y, "x", x);
   check_shape("grad_y", grad_y, {s.n, s.k, s.out.h, s.out.w});
   check(code.scalar_type() == ScalarType::Byte, "code: expected uint8");
@@ -168,7 +171,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
     grad_x = empty_map(x, s.n, s.c, s.in);
     const Tensor w = dense(weight);
     if (grad_x.numel() > 0)
-      conv_pool_grad_x(dtype, s, input_map(grad_y), input_map(code), input(w), output_map(grad_x), device.stream);
+      conv_pool_grad_x(dtype, s, input_map(grad_y), input_map(code), input(w), output_map(grad_x),
+                       device.stream);
   }
   OptionalTensor grad_weight, grad_bias;
   if (need_weight) grad_weight = empty_like_of(weight, {s.k, s.c / s.groups, s.kernel.h, s.kernel.w});

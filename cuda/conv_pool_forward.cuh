@@ -1,4 +1,5 @@
-// conv_pool forward: direct convolution that keeps one accumulator per window position and pools in registers.
+// conv_pool forward: direct convolution that keeps one accumulator per window position and pools in
+// registers.
 #pragma once
 
 #include "conv_pool.h"
@@ -42,9 +43,9 @@ constexpr int kTileOut = sizeof(A) == 8 ? 4 : 8;
 
 template <int kPairs>
 struct Tile {
-  static constexpr int kRows = kTileThreads / kPairs, kCols = 2 * kPairs;    // pooled
-  static constexpr int kInRows = 2 * kRows + 2, kInCols = 2 * kCols + 2;     // input, halo included
-  static constexpr int kRowStride = 2 * kCols + 4;                           // keeps rows 16-byte aligned
+  static constexpr int kRows = kTileThreads / kPairs, kCols = 2 * kPairs;  // pooled
+  static constexpr int kInRows = 2 * kRows + 2, kInCols = 2 * kCols + 2;   // input, halo included
+  static constexpr int kRowStride = 2 * kCols + 4;                         // keeps rows 16-byte aligned
   static constexpr int kInputs = kTileChannels * kInRows * kRowStride;
 };
 
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 4)
   using A = Accumulator<T>;
   using Tile = Tile<kPairs>;
   constexpr int kOut = kTileOut<A>;
-  A* inputs = shared_memory<A>();              // [kTileChannels][kInRows][kRowStride]
-  A* weights = inputs + Tile::kInputs;         // [kTileChannels][9][kOut]
+  A* inputs = shared_memory<A>();       // [kTileChannels][kInRows][kRowStride]
+  A* weights = inputs + Tile::kInputs;  // [kTileChannels][9][kOut]
 
   const int tid = threadIdx.x;
   const int tiles_x = ceil_div(s.out.w, Tile::kCols), tiles_y = ceil_div(s.out.h, Tile::kRows);
@@ -92,7 +93,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 4)
     }
     for (int i = tid; i < c_count * 9 * kOut; i += kTileThreads) {
       const int k = i % kOut, element = i / kOut;  // element = (channel, tap)
-      weights[i] = k < k_count ? widen(weight[(int64_t(k_begin + k) * channels + c_begin) * 9 + element]) : A(0);
+      weights[i] =
+          k < k_count ? widen(weight[(int64_t(k_begin + k) * channels + c_begin) * 9 + element]) : A(0);
     }
     block_barrier();
     for (int c = 0; c < c_count; ++c) {

@@ -4,8 +4,8 @@
 
 namespace cnnrnn::cuda {
 
-void conv_pool_forward(DType dtype, const ConvPoolShape& s, Map x, const void* weight, const void* bias, Map y,
-                       Map code, void* stream) {
+void conv_pool_forward(DType dtype, const ConvPoolShape& s, Map x, const void* weight, const void* bias,
+                       Map y, Map code, void* stream) {
   with_type(dtype, [&](auto zero) { forward<decltype(zero)>(s, x, weight, bias, y, code, stream); });
 }
 

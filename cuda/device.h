@@ -65,11 +65,18 @@ inline void announce(const Tensor& t) {
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
   int64_t bytes = 1;
   switch (t.scalar_type()) {
-    case ScalarType::Double: bytes = 8; break;
-    case ScalarType::Float: bytes = 4; break;
+    case ScalarType::Double:
+      bytes = 8;
+      break;
+    case ScalarType::Float:
+      bytes = 4;
+      break;
     case ScalarType::Half:
-    case ScalarType::BFloat16: bytes = 2; break;
-    default: break;
+    case ScalarType::BFloat16:
+      bytes = 2;
+      break;
+    default:
+      break;
   }
   emulator::announce_memory(t.const_data_ptr(), (last + 1) * bytes, bytes);
 }
@@ -90,10 +97,14 @@ inline void* output(const OptionalTensor& t) { return t ? output(*t) : nullptr; 
 
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat;
-    case ScalarType::Double: return DType::kDouble;
-    case ScalarType::Half: return DType::kHalf;
-    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::Double:
+      return DType::kDouble;
+    case ScalarType::Half:
+      return DType::kHalf;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
     default:
       check(false, "x: the CUDA kernels take float32, float64, float16 and bfloat16, got ",
             torch::headeronly::toString(x.scalar_type()));

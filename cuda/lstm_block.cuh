@@ -1,5 +1,5 @@
-// LSTM of at most 128 units: one block runs all time steps of a tile of batch rows. The recurrent weights stay
-// in its shared memory where they fit, and stream from the L2 cache where they do not.
+// LSTM of at most 128 units: one block runs all time steps of a tile of batch rows. The recurrent weights
+// stay in its shared memory where they fit, and stream from the L2 cache where they do not.
 //
 // A thread is (unit, lane), lane = 0..3. In the product it sums a quarter of the reduction for all four rows
 // of the tile; the quarters meet in shared memory and the thread goes on with row = lane, whose cell state
@@ -43,15 +43,16 @@ __global__ void __launch_bounds__(kBlockThreads, 1) lstm_block_forward(LstmForwa
   const int part = ceil_div(hidden, kBlockRows);
   const int k_begin = min(hidden, lane * part), k_end = min(hidden, k_begin + part);
 
-  auto* partial = shared_memory<Gates4>();                              // [part][row][unit]
+  auto* partial = shared_memory<Gates4>();                                        // [part][row][unit]
   auto* h = reinterpret_cast<Rows4*>(partial + kBlockRows * kBlockRows * units);  // [unit], all rows
-  const Gates4* weights = place_weights<A, kResident>(
-      static_cast<const Gates4*>(p.packed) + int64_t(direction) * hidden * hidden,
-      reinterpret_cast<Gates4*>(h + hidden), hidden);
+  const Gates4* weights =
+      place_weights<A, kResident>(static_cast<const Gates4*>(p.packed) + int64_t(direction) * hidden * hidden,
+                                  reinterpret_cast<Gates4*>(h + hidden), hidden);
 
   A c = 0;
   LstmGates<A> bias{0, 0, 0, 0};
-  if (unit < hidden) h[unit].v[lane] = active ? load_or_zero<A, T>(p.h_0, state_at(s, direction, row, unit)) : A(0);
+  if (unit < hidden)
+    h[unit].v[lane] = active ? load_or_zero<A, T>(p.h_0, state_at(s, direction, row, unit)) : A(0);
   if (active) {
     c = load_or_zero<A, T>(p.c_0, state_at(s, direction, row, unit));
     add_gates<A, T>(bias, p.bias_ih[direction], unit, hidden);
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) lstm_block_backward(LstmBack
   const int part = ceil_div(hidden, kBlockRows);
   const int j_begin = min(hidden, lane * part), j_end = min(hidden, j_begin + part);
 
-  auto* grad = shared_memory<Gates4>();                                      // [unit][row]
-  auto* partial = reinterpret_cast<A*>(grad + kBlockRows * hidden);          // [part][row][unit]
+  auto* grad = shared_memory<Gates4>();                              // [unit][row]
+  auto* partial = reinterpret_cast<A*>(grad + kBlockRows * hidden);  // [part][row][unit]
   const Gates4* weights = place_weights<A, kResident>(
       static_cast<const Gates4*>(p.packed) + int64_t(direction) * hidden * hidden,
       reinterpret_cast<Gates4*>(partial + kBlockRows * kBlockRows * units), hidden);
@@ -133,8 +134,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1) lstm_block_backward(LstmBack
         const A c = load_or_zero<A, T>(p.reserve, at + 4 * int64_t(hidden));
         const A c_prev =
             step == 0 ? load_or_zero<A, T>(p.c_0, state_at(s, direction, row, unit))
-                      : load_or_zero<A, T>(p.reserve, reserve_at(s, direction, time_of(s, step - 1, direction),
-                                                                 row, unit) + 4 * int64_t(hidden));
+                      : load_or_zero<A, T>(
+                            p.reserve, reserve_at(s, direction, time_of(s, step - 1, direction), row, unit) +
+                                           4 * int64_t(hidden));
         dh += load_or_zero<A, T>(p.grad_output, output_at(s, time, row, direction, unit));
         d = lstm_backward<GateMath>(gates, c, c_prev, dh, dc);
         dc = d.c_prev;
@@ -184,8 +186,8 @@ void block_forward(const LstmForward& p, void* stream) {
   const bool resident = block_shared_bytes<A>(p.shape.hidden, true, true) <= shared_memory_limit();
   launch(resident ? lstm_block_forward<T, true> : lstm_block_forward<T, false>,
          dim3(ceil_div(p.shape.batch, kBlockRows), p.shape.directions),
-         padded_units(p.shape.hidden) * kBlockRows, block_shared_bytes<A>(p.shape.hidden, true, resident), stream,
-         p);
+         padded_units(p.shape.hidden) * kBlockRows, block_shared_bytes<A>(p.shape.hidden, true, resident),
+         stream, p);
 }
 
 template <typename T>
@@ -195,8 +197,8 @@ void block_backward(const LstmBackward& p, void* stream) {
   const bool resident = block_shared_bytes<A>(p.shape.hidden, false, true) <= shared_memory_limit();
   launch(resident ? lstm_block_backward<T, true> : lstm_block_backward<T, false>,
          dim3(ceil_div(p.shape.batch, kBlockRows), p.shape.directions),
-         padded_units(p.shape.hidden) * kBlockRows, block_shared_bytes<A>(p.shape.hidden, false, resident), stream,
-         p);
+         padded_units(p.shape.hidden) * kBlockRows, block_shared_bytes<A>(p.shape.hidden, false, resident),
+         stream, p);
 }
 
 }  // namespace

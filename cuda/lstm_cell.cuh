@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kCellThreads) lstm_cell_backward_kernel(LstmCe
   const A c = load_or_zero<A, T>(p.reserve, row * 5 * p.hidden + unit + 4 * int64_t(p.hidden));
   const LstmGradients<A> d =
       lstm_backward<GateMath>(gates, c, load_or_zero<A, T>(p.c, index), load_or_zero<A, T>(p.grad_h_1, index),
-                    load_or_zero<A, T>(p.grad_c_1, index));
+                              load_or_zero<A, T>(p.grad_c_1, index));
   store_gates<T>(d.a, p.grad_gates, row * 4 * p.hidden + unit, p.hidden);
   static_cast<T*>(p.grad_c)[index] = narrow_to<T>(d.c_prev);
 }

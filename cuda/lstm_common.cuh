@@ -34,7 +34,8 @@ __device__ __forceinline__ int64_t gates_at(const LstmShape& s, int time, int ro
   return (int64_t(time) * s.batch + row) * 4 * s.hidden + unit;
 }
 // Of gate i in the reserve [D, T, N, 5, H]; f, g, o and c follow, H elements apart.
-__device__ __forceinline__ int64_t reserve_at(const LstmShape& s, int direction, int time, int row, int unit) {
+__device__ __forceinline__ int64_t reserve_at(const LstmShape& s, int direction, int time, int row,
+                                              int unit) {
   return ((int64_t(direction) * s.steps + time) * s.batch + row) * 5 * s.hidden + unit;
 }
 

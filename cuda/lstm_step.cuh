@@ -1,8 +1,9 @@
 // LSTM of any size: one launch a time step, the product with the recurrent weights and the gates in one
 // kernel. Steps follow each other on the stream; the host never waits.
 //
-// A block makes 16 units of 4 * kRows batch rows. A thread is (unit, row group, part): it sums a quarter of the
-// reduction for kRows rows; the quarters meet in shared memory, and each (unit, row) goes on in one thread.
+// A block makes 16 units of 4 * kRows batch rows. A thread is (unit, row group, part): it sums a quarter of
+// the reduction for kRows rows; the quarters meet in shared memory, and each (unit, row) goes on in one
+// thread.
 #pragma once
 
 #include "lstm_common.cuh"
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) lstm_step_forward(LstmForward
   constexpr int kTileRows = tile.kTileRows;
   const LstmShape s = p.shape;
   const int hidden = s.hidden, direction = tile.direction, time = time_of(s, step, direction);
-  auto* partial = shared_memory<Gates4>();                                    // [part][row][unit]
+  auto* partial = shared_memory<Gates4>();                                        // [part][row][unit]
   auto* h = reinterpret_cast<A*>(partial + kStepParts * kTileRows * kStepUnits);  // [k][row]
   const auto* weights = static_cast<const Gates4*>(p.packed) + int64_t(direction) * hidden * hidden;
 
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) lstm_step_backward(LstmBackwa
   constexpr int kTileRows = tile.kTileRows;
   const LstmShape s = p.shape;
   const int hidden = s.hidden, direction = tile.direction;
-  const bool last = step == s.steps - 1;  // nothing comes from a later step
+  const bool last = step == s.steps - 1;                                    // nothing comes from a later step
   auto* grad = shared_memory<Gates4>();                                     // [j][row]
   auto* partial = reinterpret_cast<A*>(grad + kStepChunk / 4 * kTileRows);  // [part][row][unit]
   const auto* weights = static_cast<const Gates4*>(p.packed) + int64_t(direction) * hidden * hidden;
@@ -168,10 +169,11 @@ __global__ void __launch_bounds__(kStepThreads, 2) lstm_step_backward(LstmBackwa
   LstmGates<A> gates{0, 0, 0, 0};
   add_gates<A, T>(gates, p.reserve, at, hidden);
   const A c = load_or_zero<A, T>(p.reserve, at + 4 * int64_t(hidden));
-  const A c_prev = step == 0 ? load_or_zero<A, T>(p.c_0, state)
-                             : load_or_zero<A, T>(p.reserve, reserve_at(s, direction, time_of(s, step - 1, direction),
-                                                                        tile.row, tile.unit) +
-                                                                 4 * int64_t(hidden));
+  const A c_prev =
+      step == 0 ? load_or_zero<A, T>(p.c_0, state)
+                : load_or_zero<A, T>(p.reserve, reserve_at(s, direction, time_of(s, step - 1, direction),
+                                                           tile.row, tile.unit) +
+                                                    4 * int64_t(hidden));
   dh += load_or_zero<A, T>(p.grad_output, output_at(s, time, tile.row, direction, tile.unit));
   const LstmGradients<A> d = lstm_backward<GateMath>(gates, c, c_prev, dh, dc);
   *cell = d.c_prev;

@@ -118,7 +118,8 @@ using std::min;
 inline size_t shared_memory_limit() { return 227 * 1024; }  // as on sm_90
 
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes, void*, Args... args) {
+void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes, void*,
+            Args... args) {
   const std::tuple<Params...> params(static_cast<Params>(args)...);
   emulator::run({grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { std::apply(kernel, params); });
 }
@@ -165,10 +166,14 @@ inline unsigned grid_size(int64_t blocks) {
 template <typename Function>
 void with_type(DType dtype, const Function& function) {
   switch (dtype) {
-    case DType::kFloat: return function(float{});
-    case DType::kDouble: return function(double{});
-    case DType::kHalf: return function(Half{});
-    case DType::kBFloat16: return function(BFloat16{});
+    case DType::kFloat:
+      return function(float{});
+    case DType::kDouble:
+      return function(double{});
+    case DType::kHalf:
+      return function(Half{});
+    case DType::kBFloat16:
+      return function(BFloat16{});
   }
 }
 

@@ -32,21 +32,26 @@ def kernel_name(mangled):
     return re.sub(r"(\w*::)+", "", name)
 
 
-def resources(nvcc, source, arch):
-    """Rows (kernel, registers, bytes spilled, bytes of declared shared memory)."""
+def parse(log):
+    """Rows (kernel, registers, bytes spilled, bytes of declared shared memory) from ptxas' -v output."""
+    rows = []
+    for part in log.split("Compiling entry function '")[1:]:
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", part)))
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        shared = re.search(r"(\d+) bytes smem", part)
+        rows.append((kernel_name(part.split("'")[0]), registers, spills, int(shared[1]) if shared else 0))
+    return sorted(rows)
+
+
+def compile_log(nvcc, source, arch):
+    """What ptxas says while it compiles one source for one architecture."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
         command += [f"-I{FOLDER}", f"-I{FOLDER.parent / 'csrc'}", str(source), "-o", f"{folder}/out.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[:4000]}")
-    rows = []
-    for part in done.stderr.split("Compiling entry function '")[1:]:
-        spills = sum(map(int, re.findall(r"(\d+) bytes spill", part)))
-        registers = int(re.search(r"Used (\d+) registers", part)[1])
-        shared = re.search(r"(\d+) bytes smem", part)
-        rows.append((kernel_name(part.split("'")[0]), registers, spills, int(shared[1]) if shared else 0))
-    return sorted(rows)
+    return done.stderr
 
 
 def main():
@@ -60,7 +65,7 @@ def main():
     spilled = False
     for source in SOURCES:
         for arch in arguments.arch or ["80", "90a"]:
-            for name, registers, spills, shared in resources(nvcc, source, arch):
+            for name, registers, spills, shared in parse(compile_log(nvcc, source, arch)):
                 print(f"{name:60} {'sm_' + arch:>6} {registers:9} {spills:9} {shared:9}")
                 spilled |= spills > 0
     if spilled:

@@ -19,12 +19,12 @@ struct LstmForward {
   const void* weight_hh[2];  // D x T [4*H, H]
   const void* bias_ih[2];    // D x T [4*H], or null
   const void* bias_hh[2];
-  const void *h_0, *c_0;     // T [D, N, H]
-  void* output;              // T [T, N, D*H]
-  void *h_n, *c_n;           // T [D, N, H]
-  void* reserve;             // T [D, T, N, 5, H], or null
-  void* packed;              // A [D, H, H, 4] workspace: the recurrent weights in the kernels' order
-  void* cell;                // A [D, N, H] workspace
+  const void *h_0, *c_0;  // T [D, N, H]
+  void* output;           // T [T, N, D*H]
+  void *h_n, *c_n;        // T [D, N, H]
+  void* reserve;          // T [D, T, N, 5, H], or null
+  void* packed;           // A [D, H, H, 4] workspace: the recurrent weights in the kernels' order
+  void* cell;             // A [D, N, H] workspace
 };
 
 struct LstmBackward {

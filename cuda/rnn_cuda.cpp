@@ -76,7 +76,8 @@ Operands operands(const Tensor& x, const Tensor& h_0, const Tensor& c_0, const T
   dtype_of(x);
   Operands o{x, h_0, c_0, {}, {}, {}, {}, {}};
   const int64_t hidden = hidden_size(weight_hh[0]);
-  o.shape = {int_size("x", x, 0), int_size("x", x, 1), static_cast<int>(hidden), static_cast<int>(directions)};
+  o.shape = {int_size("x", x, 0), int_size("x", x, 1), static_cast<int>(hidden),
+             static_cast<int>(directions)};
   const int64_t d = o.shape.directions, batch = o.shape.batch;
   o.x = dense(x);
   o.h_0 = taken(x, "h_0", h_0, {d, batch, hidden});
@@ -116,8 +117,7 @@ Outputs forward(const Operands& o, const OptionalTensor& reserve) {
 std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const Tensor& h_0, const Tensor& c_0,
                                         const Tensors& weight_ih, const Tensors& weight_hh,
                                         const Tensors& bias_ih, const Tensors& bias_hh) {
-  const Outputs out =
-      forward(operands(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh), std::nullopt);
+  const Outputs out = forward(operands(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh), std::nullopt);
   return {out.output, out.h_n, out.c_n};
 }
 
@@ -228,16 +228,17 @@ std::tuple<Tensor, Tensor> cell_forward(const CellOperands& o, const OptionalTen
   if (h_1.numel() == 0) return {h_1, c_1};
   const Device device(o.x);
   const Tensor gates_x = matmul(o.x, transposed(o.weight_ih)), gates_h = matmul(o.h, transposed(o.weight_hh));
-  lstm_cell_step_forward(dtype_of(o.x),
-                    {static_cast<int>(o.batch), static_cast<int>(o.hidden), input(gates_x), input(gates_h),
-                     input(o.bias_ih), input(o.bias_hh), input(o.c), output(h_1), output(c_1), output(reserve)},
-                    device.stream);
+  lstm_cell_step_forward(
+      dtype_of(o.x),
+      {static_cast<int>(o.batch), static_cast<int>(o.hidden), input(gates_x), input(gates_h),
+       input(o.bias_ih), input(o.bias_hh), input(o.c), output(h_1), output(c_1), output(reserve)},
+      device.stream);
   return {h_1, c_1};
 }
 
-std::tuple<Tensor, Tensor> lstm_cell(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& weight_ih,
-                                     const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                                     const OptionalTensor& bias_hh) {
+std::tuple<Tensor, Tensor> lstm_cell(const Tensor& x, const Tensor& h, const Tensor& c,
+                                     const Tensor& weight_ih, const Tensor& weight_hh,
+                                     const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
   return cell_forward(cell_operands(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh), std::nullopt);
 }
 
@@ -261,12 +262,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_backward(
   const OptionalTensor g_c = taken(x, "grad_c_1", grad_c_1, {o.batch, o.hidden});
   const Tensor reserve = taken(x, "reserve", reserve_seen, {o.batch, 5, o.hidden});
   const Device device(x);
-  const Tensor gates = empty_like_of(x, {o.batch, 4 * o.hidden}), grad_c = empty_like_of(x, {o.batch, o.hidden});
+  const Tensor gates = empty_like_of(x, {o.batch, 4 * o.hidden}),
+               grad_c = empty_like_of(x, {o.batch, o.hidden});
   if (grad_c.numel() > 0)
     lstm_cell_step_backward(dtype_of(x),
-                       {static_cast<int>(o.batch), static_cast<int>(o.hidden), input(g_h), input(g_c), input(o.c),
-                        input(reserve), output(gates), output(grad_c)},
-                       device.stream);
+                            {static_cast<int>(o.batch), static_cast<int>(o.hidden), input(g_h), input(g_c),
+                             input(o.c), input(reserve), output(gates), output(grad_c)},
+                            device.stream);
   return {need_x ? matmul(gates, o.weight_ih) : nothing(x),
           need_state ? matmul(gates, o.weight_hh) : nothing(x),
           need_state ? grad_c : nothing(x),

@@ -30,13 +30,15 @@ void lstm_layer_backward(DType dtype, const LstmBackward& p, void* stream) {
 
 void lstm_cell_step_forward(DType dtype, const LstmCellForward& p, void* stream) {
   with_type(dtype, [&](auto zero) {
-    launch(lstm_cell_forward_kernel<decltype(zero)>, cell_grid(p.batch, p.hidden), kCellThreads, 0, stream, p);
+    launch(lstm_cell_forward_kernel<decltype(zero)>, cell_grid(p.batch, p.hidden), kCellThreads, 0, stream,
+           p);
   });
 }
 
 void lstm_cell_step_backward(DType dtype, const LstmCellBackward& p, void* stream) {
   with_type(dtype, [&](auto zero) {
-    launch(lstm_cell_backward_kernel<decltype(zero)>, cell_grid(p.batch, p.hidden), kCellThreads, 0, stream, p);
+    launch(lstm_cell_backward_kernel<decltype(zero)>, cell_grid(p.batch, p.hidden), kCellThreads, 0, stream,
+           p);
   });
 }
 

@@ -1,7 +1,7 @@
 """What the CUDA operators must compute, for test_cuda_emulation.py (on the CPU) and test_cuda_gpu.py.
 
-``ops`` is ``torch.ops.cnnrnn_emulated`` with device "cpu", or ``torch.ops.cnnrnn_ext`` with "cuda". The oracle
-is plain PyTorch in float64 on the CPU, with autograd.
+``ops`` is ``torch.ops.cnnrnn_emulated`` with device "cpu", or ``torch.ops.cnnrnn_ext`` with "cuda". The
+oracle is plain PyTorch in float64 on the CPU, with autograd.
 """
 
 from dataclasses import dataclass
@@ -59,10 +59,10 @@ CONVS = {
     "square_grouped": Conv((1, 6, 30, 28), 4, groups=2),
     "ceil": Conv((2, 3, 8, 9), 5, padding=(0, 0), ceil_mode=True),
     "overlapping_pool": Conv((2, 3, 11, 10), 6, pool=(3, 3), pool_padding=(1, 1), channels_last=True),
-    "rectangles": Conv((1, 4, 9, 13), 3, kernel=(2, 5), stride=(1, 2), padding=(0, 2), pool=(1, 3), pool_stride=(1, 2)),
-    "dilated_grouped": Conv((2, 4, 12, 11), 6, stride=(2, 1), padding=(2, 3), dilation=(2, 3), groups=2, bias=False),
-    "one_by_one": Conv((3, 2, 5, 5), 2, kernel=(1, 1), padding=(0, 0), activation="none", pool=(5, 5), pool_stride=(5, 5)),
-}  # fmt: skip
+    "rectangles": Conv((1, 4, 9, 13), 3, (2, 5), (1, 2), (0, 2), pool=(1, 3), pool_stride=(1, 2)),
+    "dilated_grouped": Conv((2, 4, 12, 11), 6, (3, 3), (2, 1), (2, 3), (2, 3), groups=2, bias=False),
+    "one_by_one": Conv((3, 2, 5, 5), 2, (1, 1), padding=(0, 0), activation="none", pool=(5, 5)),
+}
 
 
 def small_integers(shape):
@@ -99,7 +99,7 @@ def _layout(x):
 
 
 def check_conv_exact(ops, device, case, dtype):
-    """On small integers every result equals the oracle's, rounded once to dtype; codes follow torch's ties."""
+    """On small integers every result is the oracle's, rounded once to dtype: ties fall as torch's do."""
     x, weight, bias, grad_y = case.draw(small_integers)
     results = run_conv(ops, device, case, dtype, x, weight, bias, grad_y)
     leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]

@@ -9,10 +9,9 @@ import re
 import sys
 from pathlib import Path
 
+import _cuda_cases as cases
 import pytest
 import torch
-
-import _cuda_cases as cases
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
 import build as emulation_build
@@ -36,7 +35,10 @@ def library():
 @pytest.fixture
 def ops(library):
     library.emulator_seed(0)
-    return torch.ops.cnnrnn_emulated
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's idle threads would spin beside the emulator's one
+    yield torch.ops.cnnrnn_emulated
+    torch.set_num_threads(threads)
 
 
 # ---- the emulator itself ----
@@ -91,7 +93,7 @@ def test_every_barrier_is_needed(library, ops):
     for site in sites:
         library.emulator_drop_barrier(site.encode())
         try:
-            with pytest.raises(RuntimeError, match="emulation: (race|uninitialised)"):
+            with pytest.raises(RuntimeError, match=r"emulation: (race|uninitialised)"):
                 _multi_chunk(ops)
         except pytest.fail.Exception:
             pytest.fail(f"the barrier at {site} can be left out unnoticed")
@@ -156,7 +158,10 @@ def test_conv_pool_empty_batch(ops):
     ("change", "message"),
     [
         (dict(activation="tanh"), "activation: the CUDA kernels cover 'relu' and 'none', got 'tanh'"),
-        (dict(pool=(16, 16)), "pool_size: the CUDA kernels cover windows of at most 254 positions, got 16x16"),
+        (
+            dict(pool=(16, 16)),
+            "pool_size: the CUDA kernels cover windows of at most 254 positions, got 16x16",
+        ),
         (dict(padding=(-1, 0)), "padding: expected at least 0, got -1"),
         (dict(stride=(1, 0)), "stride: expected at least 1, got 0"),
         (dict(groups=2), "groups: expected a divisor of 3"),
@@ -198,7 +203,9 @@ def test_lstm_missing_gradients(ops, case):
 
 
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("case", [cases.Lstm(1, 5, 4, 33), cases.Lstm(1, 3, 2, 7, bias=False)], ids=["bias", "no_bias"])
+@pytest.mark.parametrize(
+    "case", [cases.Lstm(1, 5, 4, 33), cases.Lstm(1, 3, 2, 7, bias=False)], ids=["bias", "no_bias"]
+)
 def test_lstm_cell(ops, case, dtype):
     cases.check_lstm_cell(ops, "cpu", case, dtype)
 
@@ -212,7 +219,9 @@ def test_lstm_empty(ops, steps, batch):
     assert torch.equal(h_n, h_0)
     assert torch.equal(c_n, c_0)
     ones = torch.ones_like(h_n)
-    grads = ops.lstm_backward(None, ones, None, x, h_0, c_0, *weights, output, reserve, True, True, True, True)
+    grads = ops.lstm_backward(
+        None, ones, None, x, h_0, c_0, *weights, output, reserve, True, True, True, True
+    )
     assert torch.equal(grads[1], ones)
     assert not grads[2].any()
     assert not any(g.any() for group in grads[3:] for g in group)

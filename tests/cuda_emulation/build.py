@@ -1,6 +1,6 @@
 """Builds the emulation: the CUDA sources and the emulator, compiled by the C++ compiler into one library.
 
-The operators appear as ``torch.ops.cnnrnn_emulated.*`` and run the CUDA host files and kernels on CPU tensors.
+The operators appear as ``torch.ops.cnnrnn_emulated.*``: the CUDA host files and kernels, on CPU tensors.
 """
 
 import os
@@ -34,7 +34,7 @@ def build():
     lines = [
         f"rule compile\n  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {cxx} -shared -Wl,-z,defs $in -o $out -L{torch_root / 'lib'} -ltorch_cpu -ldl",
+        f"rule link\n  command = {cxx} -shared -Wl,-z,defs $in -o $out -L{torch_root / 'lib'} -ltorch_cpu",
     ]
     objects = []
     for source in [*HOST, *KERNELS, *EMULATOR]:

@@ -56,7 +56,8 @@ emulator_switch:
 struct Context {
   void* stack_pointer = nullptr;
   void prepare(unsigned char* stack, void (*entry)()) {
-    auto** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + kStackBytes) & ~uintptr_t{63});
+    auto** top =
+        reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + kStackBytes) & ~uintptr_t{63});
     *--top = nullptr;  // entry must find the stack as after a call
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -178,8 +179,8 @@ void run_block(Index block, unsigned block_number, unsigned threads, size_t shar
   set_fibers(tasks.data(), tasks.size() * sizeof(Task));
   if (stacks.size() < threads * kStackBytes) stacks.resize(threads * kStackBytes);
   shared_storage.assign(shared_bytes + 64, 0xFF);
-  auto* shared = reinterpret_cast<unsigned char*>(
-      (reinterpret_cast<uintptr_t>(shared_storage.data()) + 15) & ~uintptr_t{15});
+  auto* shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared_storage.data()) + 15) &
+                                                  ~uintptr_t{15});
   set_shared(shared, shared_bytes);
   for (unsigned t = 0; t < threads; ++t) {
     Task& task = tasks[t];

@@ -80,7 +80,8 @@ Cell& cell_of(uintptr_t address) {
   text << what;
   if (shared.holds(address, 1)) text << " in shared memory, byte " << address - shared.begin;
   for (size_t i = 0; i < announced.size() && !shared.holds(address, 1); ++i)
-    if (announced[i].holds(address, 1)) text << " in tensor " << i << ", byte " << address - announced[i].begin;
+    if (announced[i].holds(address, 1))
+      text << " in tensor " << i << ", byte " << address - announced[i].begin;
   if (other) text << ", against thread " << other->thread << " of block number " << other->block;
   fail(text.str());
 }
@@ -88,7 +89,8 @@ Cell& cell_of(uintptr_t address) {
 void note_read(Cell& cell, const Epoch& now, uintptr_t address, bool in_shared) {
   if (in_shared && (!cell.written || cell.write.launch != now.launch))
     report("uninitialised read", address, nullptr);
-  if (cell.written && !cell.write.ordered_before(now)) report("race (read after write)", address, &cell.write);
+  if (cell.written && !cell.write.ordered_before(now))
+    report("race (read after write)", address, &cell.write);
   if (cell.reads > 0 && (cell.read[0].thread != now.thread || cell.read[0].block != now.block)) {
     cell.read[1] = cell.read[0];
     cell.reads = 2;
@@ -98,7 +100,8 @@ void note_read(Cell& cell, const Epoch& now, uintptr_t address, bool in_shared) 
 }
 
 void note_write(Cell& cell, const Epoch& now, uintptr_t address) {
-  if (cell.written && !cell.write.ordered_before(now)) report("race (write after write)", address, &cell.write);
+  if (cell.written && !cell.write.ordered_before(now))
+    report("race (write after write)", address, &cell.write);
   for (int i = 0; i < cell.reads; ++i)
     if (!cell.read[i].ordered_before(now)) report("race (write after read)", address, &cell.read[i]);
   cell.written = true;
@@ -165,10 +168,10 @@ void forget_memory() {
 }  // namespace emulator
 
 // ---- what the compiler calls ----
-#define CNNRNN_ACCESS(size)                                                                        \
-  extern "C" void __tsan_read##size(void* p) { emulator::access(p, size, false); }                 \
-  extern "C" void __tsan_write##size(void* p) { emulator::access(p, size, true); }                 \
-  extern "C" void __tsan_unaligned_read##size(void* p) { emulator::access(p, size, false); }       \
+#define CNNRNN_ACCESS(size)                                                                  \
+  extern "C" void __tsan_read##size(void* p) { emulator::access(p, size, false); }           \
+  extern "C" void __tsan_write##size(void* p) { emulator::access(p, size, true); }           \
+  extern "C" void __tsan_unaligned_read##size(void* p) { emulator::access(p, size, false); } \
   extern "C" void __tsan_unaligned_write##size(void* p) { emulator::access(p, size, true); }
 CNNRNN_ACCESS(1)
 CNNRNN_ACCESS(2)

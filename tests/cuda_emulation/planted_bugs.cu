@@ -71,13 +71,13 @@ std::string report;
 // Runs kernel `which` on data [2 * 96]; returns its report, "" if there was none.
 extern "C" __attribute__((visibility("default"))) const char* run_planted(int which, int* data, bool sound) {
   using namespace cnnrnn::cuda;
-  void (*const kernels[])(int*, bool) = {rotate,      recur,         half_a_block_waits, two_barriers, past_the_end,
-                                         past_shared, never_written, blocks_collide};
+  void (*const kernels[])(int*, bool) = {rotate,       recur,       half_a_block_waits, two_barriers,
+                                         past_the_end, past_shared, never_written,      blocks_collide};
   report.clear();
   emulator::announce_memory(data, 2 * kThreads * sizeof(int), sizeof(int));
   try {
-    launch(kernels[which], dim3(which == 0 || which == 4 || which == 7 ? 2 : 1), kThreads, kThreads * sizeof(int),
-           nullptr, data, sound);
+    launch(kernels[which], dim3(which == 0 || which == 4 || which == 7 ? 2 : 1), kThreads,
+           kThreads * sizeof(int), nullptr, data, sound);
   } catch (const std::exception& error) {
     report = error.what();
   }
