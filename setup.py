@@ -98,15 +98,6 @@ def find_cuda(torch):
     return nvcc, None
 
 
-def find_cuda_home(nvcc):
-    """The toolkit's folder, from nvcc itself: the nvcc found on PATH may be a wrapper or a link."""
-    plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], stderr=subprocess.PIPE, text=True)
-    top = re.search(r"^#\$ TOP=(.*)$", plan.stderr, re.MULTILINE)
-    if top is None:
-        raise RuntimeError(f"{nvcc} --dryrun does not tell where the CUDA toolkit is")
-    return Path(top[1].strip()).resolve()
-
-
 def gencode_flags():
     flags = []
     for arch in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a"):
@@ -223,13 +214,13 @@ class BuildLibraries(build_ext):
         )
         ninja.rule("link", f"{cxx} -shared $in -o $out $flags", description="LINK $out")
 
-        def library(name, sources, flags, link_flags, extra=()):
+        def library(name, sources, flags, link_flags, extra=(), link="link"):
             names.append(f"{name}.so")
             objects = [
                 ninja.compile("cxx", s, name, [*COMMON_FLAGS, *flags, *ISA_FLAGS.get(s, []), *user_flags])
                 for s in sources
             ]
-            ninja.link("link", out / f"{name}.so", [*objects, *extra], link_flags)
+            ninja.link(link, out / f"{name}.so", [*objects, *extra], link_flags)
 
         ISA_FLAGS = {
             source: KERNEL_FLAGS + (flags if IS_X86 else []) for source, flags in ISA_SOURCES.items()
@@ -264,14 +255,14 @@ class BuildLibraries(build_ext):
                 deps="gcc",
                 description="NVCC $in",
             )
-            nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            nvcc_flags += [f"-I{ROOT}/csrc", *gencode_flags()]  # csrc: the arithmetic shared with the CPU
+            # nvcc links, because it knows where its libraries are. cudart goes in statically: the library
+            # brings its own and shares torch's driver context.
+            ninja.rule("nvlink", f"{nvcc} -ccbin {cxx} -shared -cudart static $in -o $out $flags")
+            nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{ROOT}/csrc"]
+            nvcc_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode_flags()]
             kernels = [ninja.compile("nvcc", s, "_ops_cuda", nvcc_flags) for s in CUDA_KERNEL_SOURCES]
-            cuda_home = find_cuda_home(nvcc)
-            # cudart is linked statically: the library brings its own and shares torch's driver context.
-            cuda_link = [*torch_link, f"-L{cuda_home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-            host_flags = [*ops_flags, "-isystem", cuda_home / "include", f"-I{ROOT}/cuda"]
-            library("_ops_cuda", CUDA_HOST_SOURCES, host_flags, cuda_link, extra=kernels)
+            host_flags = [*ops_flags, f"-I{ROOT}/cuda"]
+            library("_ops_cuda", CUDA_HOST_SOURCES, host_flags, torch_link, extra=kernels, link="nvlink")
         out.mkdir(parents=True, exist_ok=True)
         self.remove_outputs(keep=names)
         ninja.run()

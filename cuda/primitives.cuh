@@ -1,0 +1,180 @@
+// The few things kernels need from a GPU, behind plain names: barriers, shared memory, launches, scalar
+// types. Kernels use nothing else, so that tests/cuda_emulation can run their source on a CPU: with
+// CNNRNN_EMULATE defined, the second half of this file takes the place of the first.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+#include "dtype.h"
+
+#ifndef CNNRNN_EMULATE
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace cnnrnn::cuda {
+
+// ---- GPU ----
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+__device__ __forceinline__ float widen(Half v) { return __half2float(v); }
+__device__ __forceinline__ float widen(BFloat16 v) { return __bfloat162float(v); }
+template <typename T>
+__device__ __forceinline__ T narrow_to(float v) {
+  if constexpr (std::is_same_v<T, Half>) return __float2half_rn(v);
+  if constexpr (std::is_same_v<T, BFloat16>) return __float2bfloat16_rn(v);
+  if constexpr (std::is_same_v<T, float>) return v;
+}
+
+// All threads of the block meet; what they wrote before is seen by all after.
+__device__ __forceinline__ void block_barrier() { __syncthreads(); }
+
+// The block's dynamic shared memory, 16-byte aligned. Kernels carve all they need from it.
+template <typename T>
+__device__ __forceinline__ T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char shared_base[];
+  return reinterpret_cast<T*>(shared_base);
+}
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// Shared memory one block may ask for on the current device, bytes.
+inline size_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "shared memory limit");
+  return bytes;
+}
+
+// Enqueues kernel(args...) on `stream` and returns at once.
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes, void* stream,
+            Args... args) {
+  if (shared_bytes > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               "shared memory of a kernel");
+  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
+  check_cuda(cudaGetLastError(), "kernel launch");
+}
+
+#else  // ---- emulation on the host ----
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define threadIdx (::emulator::current->thread)
+#define blockIdx (::emulator::current->block)
+#define blockDim (::emulator::block_size)
+#define gridDim (::emulator::grid_size)
+
+namespace cnnrnn::cuda {
+
+using Half = c10::Half;
+using BFloat16 = c10::BFloat16;
+
+inline float widen(Half v) { return v; }
+inline float widen(BFloat16 v) { return v; }
+template <typename T>
+T narrow_to(float v) {
+  return static_cast<T>(v);
+}
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+inline void block_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::rendezvous(emulator::kBlock, {file, line});
+}
+
+template <typename T>
+T* shared_memory() {
+  return reinterpret_cast<T*>(emulator::current->shared);
+}
+
+using std::max;
+using std::min;
+
+inline size_t shared_memory_limit() { return 227 * 1024; }  // as on sm_90
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes, void*,
+            Args... args) {
+  const std::tuple<Params...> params(static_cast<Params>(args)...);
+  emulator::run({grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { std::apply(kernel, params); });
+}
+
+#endif  // ---- both ----
+
+__host__ __device__ __forceinline__ float widen(float v) { return v; }
+__host__ __device__ __forceinline__ double widen(double v) { return v; }
+template <typename T>
+__host__ __device__ __forceinline__ T narrow_to(double v) {
+  return static_cast<T>(v);
+}
+
+// What sums of T are kept in.
+template <typename T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+// A few scalars that move as one aligned load or store.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {
+  T v[kCount];
+};
+
+template <typename T>
+__host__ __device__ __forceinline__ T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+// Blocks in a grid's first dimension, the only one without a limit of 65535.
+inline unsigned grid_size(int64_t blocks) {
+  if (blocks > 0x7fffffff) throw std::runtime_error("too large for one kernel launch");
+  return static_cast<unsigned>(blocks);
+}
+
+// Calls function(T{}) with the C++ type of dtype.
+template <typename Function>
+void with_type(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::kFloat:
+      return function(float{});
+    case DType::kDouble:
+      return function(double{});
+    case DType::kHalf:
+      return function(Half{});
+    case DType::kBFloat16:
+      return function(BFloat16{});
+  }
+}
+
+}  // namespace cnnrnn::cuda

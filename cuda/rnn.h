@@ -1,0 +1,61 @@
+// The CUDA kernels of the recurrent operators as the host file sees them: raw pointers, sizes, a stream.
+// No torch. Every launcher enqueues on `stream` and returns at once; errors throw std::runtime_error.
+// T is the tensors' element type, A what its sums are kept in: double for double, else float.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace cnnrnn::cuda {
+
+struct LstmShape {
+  int steps, batch, hidden, directions;  // T, N, H, D
+};
+
+struct LstmForward {
+  LstmShape shape;
+  const void* gates_x[2];    // D x T [T, N, 4*H]: x times weight_ih transposed, without biases
+  const void* weight_hh[2];  // D x T [4*H, H]
+  const void* bias_ih[2];    // D x T [4*H], or null
+  const void* bias_hh[2];
+  const void *h_0, *c_0;  // T [D, N, H]
+  void* output;           // T [T, N, D*H]
+  void *h_n, *c_n;        // T [D, N, H]
+  void* reserve;          // T [D, T, N, 5, H], or null
+  void* packed;           // A [D, H, H, 4] workspace: the recurrent weights in the kernels' order
+  void* cell;             // A [D, N, H] workspace
+};
+
+struct LstmBackward {
+  LstmShape shape;
+  const void *grad_output, *grad_h_n, *grad_c_n;  // as output, h_n, c_n; each may be null
+  const void* weight_hh[2];                       // D x T [4*H, H]
+  const void* c_0;                                // T [D, N, H]
+  const void* reserve;                            // T [D, T, N, 5, H]
+  void* grad_gates[2];                            // D x T [T, N, 4*H], of the pre-activations
+  void *grad_h_0, *grad_c_0;                      // T [D, N, H]
+  void* packed;                                   // A [D, H, H, 4] workspace
+  void* cell;                                     // A [D, N, H] workspace
+};
+
+// One step; every pointer is T. gates_x, gates_h [N, 4*H]; c, h_1, c_1 [N, H]; reserve [N, 5, H] or null.
+struct LstmCellForward {
+  int batch, hidden;
+  const void *gates_x, *gates_h, *bias_ih, *bias_hh, *c;
+  void *h_1, *c_1, *reserve;
+};
+
+struct LstmCellBackward {
+  int batch, hidden;
+  const void *grad_h_1, *grad_c_1;  // [N, H], each may be null
+  const void *c, *reserve;
+  void *grad_gates, *grad_c;  // [N, 4*H], [N, H]
+};
+
+void lstm_layer_forward(DType, const LstmForward&, void* stream);
+void lstm_layer_backward(DType, const LstmBackward&, void* stream);
+void lstm_cell_step_forward(DType, const LstmCellForward&, void* stream);
+void lstm_cell_step_backward(DType, const LstmCellBackward&, void* stream);
+
+}  // namespace cnnrnn::cuda

@@ -1,0 +1,275 @@
+"""What the CUDA operators must compute, for test_cuda_emulation.py (on the CPU) and test_cuda_gpu.py.
+
+``ops`` is ``torch.ops.cnnrnn_emulated`` with device "cpu", or ``torch.ops.cnnrnn_ext`` with "cuda". The
+oracle is plain PyTorch in float64 on the CPU, with autograd.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+ALL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One conv_pool2d: x [N, C, H, W], K output channels, and the operator's arguments."""
+
+    x: tuple
+    k: int
+    kernel: tuple = (3, 3)
+    stride: tuple = (1, 1)
+    padding: tuple = (1, 1)
+    dilation: tuple = (1, 1)
+    groups: int = 1
+    activation: str = "relu"
+    pool: tuple = (2, 2)
+    pool_stride: tuple = (2, 2)
+    pool_padding: tuple = (0, 0)
+    ceil_mode: bool = False
+    bias: bool = True
+    channels_last: bool = False
+
+    @property
+    def arguments(self):
+        return (
+            list(self.stride), list(self.padding), list(self.dilation), self.groups, self.activation, "max",
+            list(self.pool), list(self.pool_stride), list(self.pool_padding), self.ceil_mode,
+        )  # fmt: skip
+
+    def draw(self, draw):
+        """(x, weight, bias or None, grad_y), float64."""
+        x = draw(self.x)
+        weight, bias = draw((self.k, self.x[1] // self.groups, *self.kernel)), draw((self.k,))
+        y = self.oracle(x, weight, bias)
+        return x, weight, bias if self.bias else None, draw(y.shape)
+
+    def oracle(self, x, weight, bias):
+        y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        y = F.relu(y) if self.activation == "relu" else y
+        return F.max_pool2d(y, self.pool, self.pool_stride, self.pool_padding, ceil_mode=self.ceil_mode)
+
+
+# The first four take the 3x3 kernel (its three tile shapes), the others the general one.
+CONVS = {
+    "odd": Conv((2, 5, 15, 17), 9),
+    "wide": Conv((1, 2, 6, 66), 3, padding=(0, 0), activation="none", channels_last=True),
+    "tall": Conv((2, 1, 66, 7), 8, bias=False),
+    "square_grouped": Conv((1, 6, 30, 28), 4, groups=2),
+    "ceil": Conv((2, 3, 8, 9), 5, padding=(0, 0), ceil_mode=True),
+    "overlapping_pool": Conv((2, 3, 11, 10), 6, pool=(3, 3), pool_padding=(1, 1), channels_last=True),
+    "rectangles": Conv((1, 4, 9, 13), 3, (2, 5), (1, 2), (0, 2), pool=(1, 3), pool_stride=(1, 2)),
+    "dilated_grouped": Conv((2, 4, 12, 11), 6, (3, 3), (2, 1), (2, 3), (2, 3), groups=2, bias=False),
+    "one_by_one": Conv((3, 2, 5, 5), 2, (1, 1), padding=(0, 0), activation="none", pool=(5, 5)),
+}
+
+
+def small_integers(shape):
+    """-1, 0, 1: every sum is exact in every dtype, and ties are frequent."""
+    return torch.randint(-1, 2, tuple(shape)).double()
+
+
+def normal(shape):
+    return torch.randn(tuple(shape), dtype=torch.float64)
+
+
+def gradients(output, grad_output, inputs):
+    return torch.autograd.grad(output, inputs, grad_output, allow_unused=True)
+
+
+def run_conv(ops, device, case, dtype, x, weight, bias, grad_y):
+    """The operators' (y, code, grad_x, grad_weight, grad_bias)."""
+    x, weight, grad_y = (t.to(device, dtype) for t in (x, weight, grad_y))
+    bias = None if bias is None else bias.to(device, dtype)
+    if case.channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    y, code = ops.conv_pool2d_train(x, weight, bias, *case.arguments)
+    assert y.stride() == torch.empty_like(y, memory_format=_layout(x)).stride()
+    inference = ops.conv_pool2d(x, weight, bias, *case.arguments)
+    torch.testing.assert_close(inference, y, rtol=0, atol=0, equal_nan=True)
+    need_bias = bias is not None
+    grads = ops.conv_pool2d_backward(grad_y, x, weight, bias, code, *case.arguments, True, True, need_bias)
+    return y, code, *grads
+
+
+def _layout(x):
+    nhwc = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if nhwc else torch.contiguous_format
+
+
+def check_conv_exact(ops, device, case, dtype):
+    """On small integers every result is the oracle's, rounded once to dtype: ties fall as torch's do."""
+    x, weight, bias, grad_y = case.draw(small_integers)
+    results = run_conv(ops, device, case, dtype, x, weight, bias, grad_y)
+    leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = case.oracle(x, weight, bias)
+    expected = (y, *gradients(y, grad_y, leaves))
+    for got, want in zip((results[0], *results[2 : 2 + len(leaves)]), expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want.detach().to(dtype), rtol=0, atol=0)
+
+
+def check_conv_nan(ops, device, case):
+    """NaN wins a window, the last one of several, and keeps its gradient through relu; inf as any number.
+
+    Only where a gradient is exactly zero we differ: torch's dense product gives 0 * NaN = NaN in grad_weight,
+    ours leaves the position out. So grad_weight is not compared.
+    """
+    x, weight, bias, grad_y = case.draw(small_integers)
+    x[0, 0, 3, 4] = x[0, 0, 3, 6] = float("nan")
+    x[1, 1, 7, 2] = float("inf")
+    y, _, grad_x, _, grad_bias = run_conv(ops, device, case, torch.float32, x, weight, bias, grad_y)
+    oracle = case.oracle(x.requires_grad_(), weight, bias.requires_grad_())
+    assert oracle.isnan().any()
+    assert not oracle.isnan().all()
+    expected = (oracle.detach(), *gradients(oracle, grad_y, (x, bias)))
+    for got, want in zip((y, grad_x, grad_bias), expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def error(got, want):
+    return (got.detach().cpu().double() - want.detach().double()).abs().max().item()
+
+
+def assert_as_good(got, torchs, want):
+    """The error of ours is at most twice torch's own in that dtype, and one unit in the last place.
+
+    In float64 the oracle is no better than either: 1e-13 of the largest value.
+    """
+    for ours, theirs, oracle in zip(got, torchs, want, strict=True):
+        assert ours.shape == oracle.shape
+        unit = max(torch.finfo(theirs.dtype).eps, 1e-13) * max(1.0, oracle.abs().max().item())
+        assert error(ours, oracle) <= 2 * error(theirs, oracle) + unit
+
+
+@dataclass(frozen=True)
+class Lstm:
+    """x [T, N, I], H units, D directions."""
+
+    t: int
+    n: int
+    i: int
+    h: int
+    d: int = 1
+    bias: bool = True
+
+    def draw(self, draw=normal):
+        """(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh), the last four lists; float64."""
+        weights = [
+            [draw(shape) / self.h**0.5 for _ in range(self.d if self.bias or len(shape) == 2 else 0)]
+            for shape in ((4 * self.h, self.i), (4 * self.h, self.h), (4 * self.h,), (4 * self.h,))
+        ]
+        states = [draw((self.d, self.n, self.h)) for _ in range(2)]
+        return draw((self.t, self.n, self.i)), *states, *weights
+
+
+def lstm_oracle(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh):
+    """(output, h_n, c_n) step by step."""
+    outputs, h_n, c_n = [], [], []
+    for d in range(len(weight_hh)):
+        h, c = h_0[d], c_0[d]
+        steps = range(x.shape[0]) if d == 0 else reversed(range(x.shape[0]))
+        made = {}
+        for t in steps:
+            gates = F.linear(x[t], weight_ih[d], bias_ih[d] if bias_ih else None)
+            gates = gates + F.linear(h, weight_hh[d], bias_hh[d] if bias_hh else None)
+            i, f, g, o = gates.chunk(4, -1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+            made[t] = h
+        outputs.append(torch.stack([made[t] for t in range(x.shape[0])]))
+        h_n.append(h)
+        c_n.append(c)
+    return torch.cat(outputs, -1), torch.stack(h_n), torch.stack(c_n)
+
+
+# One block for all steps up to 128 units, a launch a step beyond; h90: double weights do not fit a block.
+LSTMS = {
+    "tiny": Lstm(1, 1, 1, 1),
+    "odd": Lstm(3, 5, 4, 7, d=2),
+    "no_bias": Lstm(4, 3, 2, 33, bias=False),
+    "h90": Lstm(2, 2, 3, 90, d=2),
+    "steps_few_rows": Lstm(3, 2, 3, 130, d=2),
+    "steps_many_rows": Lstm(2, 18, 2, 145),
+}
+
+
+def _convert(arguments, device, dtype):
+    def one(value):
+        return [one(v) for v in value] if isinstance(value, list) else value.to(device, dtype)
+
+    return [one(argument) for argument in arguments]
+
+
+def _flat(arguments):
+    return [t for argument in arguments for t in (argument if isinstance(argument, list) else [argument])]
+
+
+def _differentiated(function, arguments, outer):
+    leaves = [t.detach().requires_grad_() for t in _flat(arguments)]
+    flat = iter(leaves)
+    nested = [[next(flat) for _ in a] if isinstance(a, list) else next(flat) for a in arguments]
+    results = function(*nested)
+    return [*results, *gradients(results, outer, leaves)]
+
+
+def check_lstm(ops, device, case, dtype):
+    arguments = case.draw()
+    outer = [normal(t.shape) for t in lstm_oracle(*arguments)]
+    want = _differentiated(lstm_oracle, arguments, outer)
+    theirs = _differentiated(lstm_oracle, _convert(arguments, "cpu", dtype), [g.to(dtype) for g in outer])
+    x, *rest = _convert(arguments, device, dtype)
+    output, h_n, c_n, reserve = ops.lstm_train(x, *rest)
+    for train, inference in zip((output, h_n, c_n), ops.lstm(x, *rest), strict=True):
+        torch.testing.assert_close(inference, train, rtol=0, atol=0)
+    grads = ops.lstm_backward(
+        *_convert(outer, device, dtype), x, *rest, output, reserve, True, True, True, case.bias
+    )
+    bias = grads[5] * 2  # the same for bias_ih and bias_hh
+    assert_as_good([output, h_n, c_n, *grads[:3], *grads[3], *grads[4], *bias], theirs, want)
+
+
+def check_lstm_parts(ops, device, case, dtype=torch.float64):
+    """Gradients that are missing count as zero; gradients not asked for are empty."""
+    arguments = case.draw()
+    x, *rest = _convert(arguments, device, dtype)
+    output, h_n, c_n, reserve = ops.lstm_train(x, *rest)
+    zeros = [torch.zeros_like(t) for t in (output, h_n, c_n)]
+    for given in range(3):
+        outer = [torch.ones_like(t) if i == given else None for i, t in enumerate(zeros)]
+        full = [z if g is None else g for g, z in zip(outer, zeros, strict=True)]
+        got = ops.lstm_backward(*outer, x, *rest, output, reserve, True, True, False, False)
+        want = ops.lstm_backward(*full, x, *rest, output, reserve, True, True, True, True)
+        for ours, theirs in zip(got[:3], want[:3], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        assert got[3] == got[4] == got[5] == []
+    got = ops.lstm_backward(*zeros, x, *rest, output, reserve, False, False, True, False)
+    assert [t.shape for t in got[:3]] == [(0,)] * 3
+    assert len(got[3]) == len(got[4]) == case.d
+    assert got[5] == []
+
+
+def cell_oracle(x, h, c, weight_ih, weight_hh, *biases):
+    bias_ih, bias_hh = biases or (None, None)
+    output, _, c_1 = lstm_oracle(
+        x[None], h[None], c[None], [weight_ih], [weight_hh],
+        [bias_ih] if biases else [], [bias_hh] if biases else [],
+    )  # fmt: skip
+    return output[0], c_1[0]
+
+
+def check_lstm_cell(ops, device, case, dtype):
+    drawn = case.draw()
+    arguments = [drawn[0][0], drawn[1][0], drawn[2][0], *(w[0] for w in drawn[3:] if w)]
+    outer = [normal(t.shape) for t in cell_oracle(*arguments)]
+    want = _differentiated(cell_oracle, arguments, outer)
+    theirs = _differentiated(cell_oracle, _convert(arguments, "cpu", dtype), [g.to(dtype) for g in outer])
+    operands = _convert(arguments, device, dtype) + ([] if case.bias else [None, None])
+    h_1, c_1, reserve = ops.lstm_cell_train(*operands)
+    for train, inference in zip((h_1, c_1), ops.lstm_cell(*operands), strict=True):
+        torch.testing.assert_close(inference, train, rtol=0, atol=0)
+    grads = ops.lstm_cell_backward(
+        *_convert(outer, device, dtype), *operands, reserve, True, True, True, case.bias
+    )
+    bias = [grads[5]] * 2 if case.bias else []
+    assert_as_good([h_1, c_1, *grads[:5], *bias], theirs, want)

@@ -1,0 +1,187 @@
+// The checks of every load and store of an emulated kernel. The kernels are compiled with
+// -fsanitize=thread, but linked with the functions below instead of libtsan.
+
+#include <link.h>
+#include <pthread.h>
+
+#include <sstream>
+#include <unordered_map>
+#include <vector>
+
+#include "internal.h"
+
+namespace emulator {
+namespace {
+
+struct Range {
+  uintptr_t begin = 0, end = 0;
+  uintptr_t cell = 4;  // bytes that races are told apart by: the smallest thing anybody stores there
+  bool holds(uintptr_t address, size_t bytes) const { return address >= begin && address + bytes <= end; }
+};
+
+Range make_range(const void* begin, size_t bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  return {address, address + bytes, 4};
+}
+
+Range stack, shared, fibers, launch_frames;
+std::vector<Range> announced;
+
+// The library's own constants and the emulator's variables (threadIdx and the like).
+const std::vector<Range>& library_image() {
+  static const std::vector<Range> image = [] {
+    std::vector<Range> ranges;
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* out) {
+          std::vector<Range> segments;
+          bool ours = false;
+          for (int i = 0; i < info->dlpi_phnum; ++i) {
+            const auto& header = info->dlpi_phdr[i];
+            if (header.p_type != PT_LOAD) continue;
+            const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
+            segments.push_back({begin, begin + header.p_memsz, 4});
+            ours |= segments.back().holds(reinterpret_cast<uintptr_t>(&announced), 1);
+          }
+          if (ours) *static_cast<std::vector<Range>*>(out) = segments;
+          return 0;
+        },
+        &ranges);
+    return ranges;
+  }();
+  return image;
+}
+
+struct Cell {
+  uint32_t owner = 0;
+  bool written = false;
+  Epoch write;
+  int reads = 0;
+  Epoch read[2];  // the last one, and the last one of another thread
+};
+
+constexpr uintptr_t kPageBytes = 1024;
+std::unordered_map<uintptr_t, std::vector<Cell>> shadow;
+uintptr_t last_page = ~uintptr_t{0};  // the page used last, to spare most look-ups
+Cell* last_cells = nullptr;
+
+Cell& cell_of(uintptr_t address) {
+  const uintptr_t page = address / kPageBytes;
+  if (page != last_page) {
+    auto& cells = shadow[page];
+    if (cells.empty()) cells.resize(kPageBytes);
+    last_page = page;
+    last_cells = cells.data();
+  }
+  return last_cells[address % kPageBytes];
+}
+
+[[gnu::noinline]] void report(const char* what, uintptr_t address, const Epoch* other) {
+  std::ostringstream text;
+  text << what;
+  if (shared.holds(address, 1)) text << " in shared memory, byte " << address - shared.begin;
+  for (size_t i = 0; i < announced.size() && !shared.holds(address, 1); ++i)
+    if (announced[i].holds(address, 1))
+      text << " in tensor " << i << ", byte " << address - announced[i].begin;
+  if (other) text << ", against thread " << other->thread << " of block number " << other->block;
+  fail(text.str());
+}
+
+void note_read(Cell& cell, const Epoch& now, uintptr_t address, bool in_shared) {
+  if (in_shared && (!cell.written || cell.write.launch != now.launch))
+    report("uninitialised read", address, nullptr);
+  if (cell.written && !cell.write.ordered_before(now))
+    report("race (read after write)", address, &cell.write);
+  if (cell.reads > 0 && (cell.read[0].thread != now.thread || cell.read[0].block != now.block)) {
+    cell.read[1] = cell.read[0];
+    cell.reads = 2;
+  }
+  cell.read[0] = now;
+  if (cell.reads == 0) cell.reads = 1;
+}
+
+void note_write(Cell& cell, const Epoch& now, uintptr_t address) {
+  if (cell.written && !cell.write.ordered_before(now))
+    report("race (write after write)", address, &cell.write);
+  for (int i = 0; i < cell.reads; ++i)
+    if (!cell.read[i].ordered_before(now)) report("race (write after read)", address, &cell.read[i]);
+  cell.written = true;
+  cell.write = now;
+  cell.reads = 0;
+}
+
+void access(const void* pointer, size_t bytes, bool write) {
+  if (current == nullptr) return;  // host code around the launch
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (stack.holds(address, bytes)) return;
+  const bool in_shared = shared.holds(address, bytes);
+  const Range* holder = &shared;
+  if (!in_shared) {
+    if (fibers.holds(address, bytes) || launch_frames.holds(address, bytes)) return;
+    for (const Range& range : announced)
+      if (range.holds(address, bytes)) holder = &range;
+    if (holder == &shared) {
+      for (const Range& range : library_image())
+        if (range.holds(address, bytes)) return;
+      report(write ? "write out of bounds" : "read out of bounds", address, nullptr);
+    }
+  }
+  const Epoch& now = current_epoch();
+  for (uintptr_t at = address & ~(holder->cell - 1); at < address + bytes; at += holder->cell) {
+    Cell& cell = cell_of(at);
+    // Shared memory is the block's own: what another block did at this address is forgotten.
+    if (in_shared && cell.owner != now.block) cell = Cell{};
+    cell.owner = now.block;
+    if (write) {
+      note_write(cell, now, at);
+    } else {
+      note_read(cell, now, at, in_shared);
+    }
+  }
+}
+
+}  // namespace
+
+void set_fibers(const void* begin, size_t bytes) { fibers = make_range(begin, bytes); }
+void set_stack(const void* begin, size_t bytes) { stack = make_range(begin, bytes); }
+void set_shared(const void* begin, size_t bytes) { shared = make_range(begin, bytes); }
+void set_launch_frame(const void* frame) {
+  pthread_attr_t attributes;
+  void* lowest = nullptr;
+  size_t bytes = 0;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &lowest, &bytes);
+  pthread_attr_destroy(&attributes);
+  launch_frames = {reinterpret_cast<uintptr_t>(frame), reinterpret_cast<uintptr_t>(lowest) + bytes, 4};
+}
+
+void announce_memory(const void* data, size_t bytes, size_t element) {
+  announced.push_back(make_range(data, bytes));
+  announced.back().cell = element < 4 ? element : 4;
+}
+
+void forget_memory() {
+  announced.clear();
+  shadow.clear();
+  last_page = ~uintptr_t{0};
+}
+
+}  // namespace emulator
+
+// ---- what the compiler calls ----
+#define CNNRNN_ACCESS(size)                                                                  \
+  extern "C" void __tsan_read##size(void* p) { emulator::access(p, size, false); }           \
+  extern "C" void __tsan_write##size(void* p) { emulator::access(p, size, true); }           \
+  extern "C" void __tsan_unaligned_read##size(void* p) { emulator::access(p, size, false); } \
+  extern "C" void __tsan_unaligned_write##size(void* p) { emulator::access(p, size, true); }
+CNNRNN_ACCESS(1)
+CNNRNN_ACCESS(2)
+CNNRNN_ACCESS(4)
+CNNRNN_ACCESS(8)
+CNNRNN_ACCESS(16)
+
+extern "C" void __tsan_read_range(void* p, size_t bytes) { emulator::access(p, bytes, false); }
+extern "C" void __tsan_write_range(void* p, size_t bytes) { emulator::access(p, bytes, true); }
+extern "C" void __tsan_vptr_update(void**, void*) {}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}

@@ -1,0 +1,86 @@
+// Kernels with a bug each, and their sound twins: the emulator must report the first and pass the second.
+
+#include "primitives.cuh"
+
+namespace cnnrnn::cuda {
+namespace {
+
+constexpr unsigned kThreads = 96;
+
+// Thread i reads what its neighbour wrote.
+__global__ void rotate(int* data, bool barrier) {
+  int* shared = shared_memory<int>();
+  shared[threadIdx.x] = data[blockIdx.x * kThreads + threadIdx.x];
+  if (barrier) block_barrier();
+  data[blockIdx.x * kThreads + threadIdx.x] = shared[(threadIdx.x + 1) % kThreads];
+}
+
+// A state kept once and not twice: without the second barrier a fast warp overwrites what a slow one reads.
+__global__ void recur(int* data, bool both_barriers) {
+  int* shared = shared_memory<int>();
+  shared[threadIdx.x] = data[threadIdx.x];
+  block_barrier();
+  for (int step = 0; step < 3; ++step) {
+    const int next = shared[(threadIdx.x + 33) % kThreads] + 1;
+    if (both_barriers) block_barrier();
+    shared[threadIdx.x] = next;
+    block_barrier();
+  }
+  data[threadIdx.x] = shared[threadIdx.x];
+}
+
+__global__ void half_a_block_waits(int*, bool sound) {
+  if (sound || threadIdx.x < kThreads / 2) block_barrier();
+}
+
+__global__ void two_barriers(int*, bool sound) {
+  if (sound || threadIdx.x % 2 == 0) {
+    block_barrier();
+  } else {
+    block_barrier();
+  }
+}
+
+__global__ void past_the_end(int* data, bool sound) {
+  data[blockIdx.x * kThreads + threadIdx.x + (sound ? 0 : 1)] = 1;
+}
+
+__global__ void past_shared(int* data, bool sound) {
+  int* shared = shared_memory<int>();
+  shared[threadIdx.x] = 1;
+  if (!sound && threadIdx.x == kThreads - 1) shared[kThreads] = 1;
+  data[threadIdx.x] = shared[threadIdx.x];
+}
+
+__global__ void never_written(int* data, bool sound) {
+  int* shared = shared_memory<int>();
+  if (sound || threadIdx.x != 5) shared[threadIdx.x] = 1;
+  data[threadIdx.x] = shared[threadIdx.x];
+}
+
+// Two blocks add to one cell without an atomic.
+__global__ void blocks_collide(int* data, bool sound) {
+  if (threadIdx.x == 0) data[sound ? blockIdx.x : 0] += 1;
+}
+
+std::string report;
+
+}  // namespace
+}  // namespace cnnrnn::cuda
+
+// Runs kernel `which` on data [2 * 96]; returns its report, "" if there was none.
+extern "C" __attribute__((visibility("default"))) const char* run_planted(int which, int* data, bool sound) {
+  using namespace cnnrnn::cuda;
+  void (*const kernels[])(int*, bool) = {rotate,       recur,       half_a_block_waits, two_barriers,
+                                         past_the_end, past_shared, never_written,      blocks_collide};
+  report.clear();
+  emulator::announce_memory(data, 2 * kThreads * sizeof(int), sizeof(int));
+  try {
+    launch(kernels[which], dim3(which == 0 || which == 4 || which == 7 ? 2 : 1), kThreads,
+           kThreads * sizeof(int), nullptr, data, sound);
+  } catch (const std::exception& error) {
+    report = error.what();
+  }
+  emulator::forget_memory();
+  return report.c_str();
+}

@@ -1,0 +1,250 @@
+"""The CUDA sources, host files and kernels, run on the CPU: see tests/cuda_emulation/emulator.h.
+
+What passes here is "emulated": logic, indexing, barriers and bounds. Nothing is said about a GPU's alignment
+rules, resource limits, fast-math instructions or speed.
+"""
+
+import ctypes
+import re
+import sys
+from pathlib import Path
+
+import _cuda_cases as cases
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
+import build as emulation_build
+
+
+@pytest.fixture(scope="module")
+def library():
+    reason = emulation_build.missing()
+    if reason:
+        pytest.skip(f"the emulation needs a C++ compiler: {reason}")
+    path = emulation_build.build()
+    torch.ops.load_library(str(path))
+    library = ctypes.CDLL(str(path))
+    library.run_planted.restype = ctypes.c_char_p
+    library.run_planted.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_bool]
+    library.emulator_drop_barrier.argtypes = [ctypes.c_char_p]
+    library.emulator_seen_barriers.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture
+def ops(library):
+    library.emulator_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's idle threads would spin beside the emulator's one
+    yield torch.ops.cnnrnn_emulated
+    torch.set_num_threads(threads)
+
+
+# ---- the emulator itself ----
+
+PLANTED = {
+    "missing barrier": (0, "race|uninitialised"),
+    "state kept once": (1, "race"),
+    "half a block waits": (2, "deadlock in block .*: 48 of 96 threads wait at planted_bugs.cu:"),
+    "two barriers": (3, "divergent block barriers"),
+    "past a tensor": (4, "write out of bounds"),
+    "past shared memory": (5, "write out of bounds"),
+    "never written": (6, "uninitialised read in shared memory, byte 20"),
+    "blocks collide": (7, "race .* in tensor 0, byte 0"),
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bug_is_reported(library, bug, seed):
+    which, pattern = PLANTED[bug]
+    library.emulator_seed(seed)
+    data = torch.arange(192, dtype=torch.int32)
+    assert not library.run_planted(which, data.data_ptr(), True)
+    report = library.run_planted(which, data.data_ptr(), False).decode()
+    assert re.search(pattern, report), report
+
+
+def test_sound_kernel_computes(library):
+    data = torch.arange(192, dtype=torch.int32)
+    assert not library.run_planted(0, data.data_ptr(), True)
+    assert torch.equal(data, torch.arange(192, dtype=torch.int32).view(2, 96).roll(-1, 1).flatten())
+
+
+def _multi_chunk(ops):
+    """Runs every kernel so that each of its loops goes round at least twice."""
+    conv = [cases.Conv((2, 9, 24, 24), 3), cases.Conv((2, 9, 24, 24), 3, ceil_mode=True, pool=(3, 3))]
+    for case in conv:
+        x, weight, bias, grad_y = case.draw(cases.small_integers)
+        cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, grad_y)
+    for case in (cases.Lstm(3, 5, 3, 9), cases.Lstm(2, 3, 2, 150), cases.Lstm(2, 5, 2, 150)):
+        x, *rest = cases._convert(case.draw(), "cpu", torch.float32)
+        output, h_n, c_n, reserve = ops.lstm_train(x, *rest)
+        ops.lstm_backward(output, h_n, c_n, x, *rest, output, reserve, True, True, True, True)
+
+
+def test_every_barrier_is_needed(library, ops):
+    """Without any one of the kernels' barriers the emulator reports a violation."""
+    library.emulator_seen_barriers()
+    _multi_chunk(ops)
+    sites = library.emulator_seen_barriers().decode().split()
+    assert len(sites) >= 14
+    for site in sites:
+        library.emulator_drop_barrier(site.encode())
+        try:
+            with pytest.raises(RuntimeError, match=r"emulation: (race|uninitialised)"):
+                _multi_chunk(ops)
+        except pytest.fail.Exception:
+            pytest.fail(f"the barrier at {site} can be left out unnoticed")
+        finally:
+            library.emulator_drop_barrier(b"")
+
+
+# ---- conv_pool2d ----
+
+
+@pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.CONVS.values(), ids=cases.CONVS)
+def test_conv_pool_exact_on_integers(ops, case, dtype):
+    cases.check_conv_exact(ops, "cpu", case, dtype)
+
+
+@pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.parametrize("pool", [(2, 2), (3, 3)], ids=["3x3 kernel", "general kernel"])
+def test_conv_pool_nan_and_infinity(ops, activation, pool):
+    cases.check_conv_nan(ops, "cpu", cases.Conv((2, 2, 13, 12), 3, activation=activation, pool=pool))
+
+
+@pytest.mark.parametrize("case", ["odd", "overlapping_pool"])
+def test_conv_pool_random(ops, case):
+    case = cases.CONVS[case]
+    x, weight, bias, grad_y = case.draw(cases.normal)
+    y_got, _, *grads = cases.run_conv(ops, "cpu", case, torch.float64, x, weight, bias, grad_y)
+    y = case.oracle(*(t.requires_grad_() for t in (x, weight, bias)))
+    expected = (y, *cases.gradients(y, grad_y, (x, weight, bias)))
+    for got, want in zip((y_got, *grads), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_conv_pool_any_strides(ops):
+    case = cases.Conv((2, 3, 9, 8), 4)
+    x, weight, bias, grad_y = case.draw(cases.small_integers)
+    base = cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, grad_y)
+    spread = torch.zeros(2, 3, 18, 16, dtype=torch.float64)[:, :, ::2, ::2].copy_(x)
+    turned = weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    expanded = grad_y[:, :1, :1, :1].expand_as(grad_y)
+    got = cases.run_conv(ops, "cpu", case, torch.float32, spread, turned, bias, grad_y)
+    for ours, want in zip(got, base, strict=True):
+        assert torch.equal(ours, want)
+    sums = cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, expanded)
+    dense = cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, expanded.contiguous())
+    for ours, want in zip(sums, dense, strict=True):
+        assert torch.equal(ours, want)
+
+
+def test_conv_pool_empty_batch(ops):
+    case = cases.Conv((0, 3, 9, 8), 4)
+    y, code, grad_x, grad_weight, grad_bias = cases.run_conv(
+        ops, "cpu", case, torch.float32, *case.draw(cases.normal)
+    )
+    assert y.shape == code.shape == (0, 4, 4, 4)
+    assert grad_x.shape == (0, 3, 9, 8)
+    assert not grad_weight.any()
+    assert not grad_bias.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(activation="tanh"), "activation: the CUDA kernels cover 'relu' and 'none', got 'tanh'"),
+        (
+            dict(pool=(16, 16)),
+            "pool_size: the CUDA kernels cover windows of at most 254 positions, got 16x16",
+        ),
+        (dict(padding=(-1, 0)), "padding: expected at least 0, got -1"),
+        (dict(stride=(1, 0)), "stride: expected at least 1, got 0"),
+        (dict(groups=2), "groups: expected a divisor of 3"),
+        (dict(dilation=(9, 9)), "the kernel .19 with dilation. is larger than the padded input"),
+        (dict(pool_padding=(2, 2)), "pool_padding: expected at most half"),
+    ],
+)
+def test_conv_pool_refuses(ops, change, message):
+    case = cases.Conv((1, 3, 9, 8), 4, **change)
+    with pytest.raises(RuntimeError, match=message):
+        ops.conv_pool2d(torch.zeros(1, 3, 9, 8), torch.zeros(4, 3, 3, 3), torch.zeros(4), *case.arguments)
+
+
+def test_conv_pool_refuses_shapes(ops):
+    arguments = cases.Conv((1, 3, 9, 8), 4).arguments
+    x, weight, bias = torch.zeros(1, 3, 9, 8), torch.zeros(4, 3, 3, 3), torch.zeros(4)
+    with pytest.raises(RuntimeError, match=r"x: expected shape \[N, C, H, W\], got \[3, 9, 8\]"):
+        ops.conv_pool2d(x[0], weight, bias, *arguments)
+    with pytest.raises(RuntimeError, match=r"weight: expected shape \[4, 3, 3, 3\], got \[4, 2, 3, 3\]"):
+        ops.conv_pool2d(x, weight[:, :2], bias, *arguments)
+    with pytest.raises(RuntimeError, match="weight and x must have the same dtype"):
+        ops.conv_pool2d(x, weight.double(), bias, *arguments)
+    with pytest.raises(RuntimeError, match="take float32, float64, float16 and bfloat16, got Int"):
+        ops.conv_pool2d(x.int(), weight.int(), bias.int(), *arguments)
+
+
+# ---- lstm ----
+
+
+@pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.LSTMS.values(), ids=cases.LSTMS)
+def test_lstm(ops, case, dtype):
+    cases.check_lstm(ops, "cpu", case, dtype)
+
+
+@pytest.mark.parametrize("case", ["odd", "steps_few_rows"])
+def test_lstm_missing_gradients(ops, case):
+    cases.check_lstm_parts(ops, "cpu", cases.LSTMS[case])
+
+
+@pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", [cases.Lstm(1, 5, 4, 33), cases.Lstm(1, 3, 2, 7, bias=False)], ids=["bias", "no_bias"]
+)
+def test_lstm_cell(ops, case, dtype):
+    cases.check_lstm_cell(ops, "cpu", case, dtype)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(0, 3), (2, 0)])
+def test_lstm_empty(ops, steps, batch):
+    case = cases.Lstm(steps, batch, 4, 5)
+    x, h_0, c_0, *weights = cases._convert(case.draw(), "cpu", torch.float32)
+    output, h_n, c_n, reserve = ops.lstm_train(x, h_0, c_0, *weights)
+    assert output.shape == (steps, batch, 5)
+    assert torch.equal(h_n, h_0)
+    assert torch.equal(c_n, c_0)
+    ones = torch.ones_like(h_n)
+    grads = ops.lstm_backward(
+        None, ones, None, x, h_0, c_0, *weights, output, reserve, True, True, True, True
+    )
+    assert torch.equal(grads[1], ones)
+    assert not grads[2].any()
+    assert not any(g.any() for group in grads[3:] for g in group)
+
+
+def test_lstm_refuses(ops):
+    x, h_0, c_0, *weights = cases._convert(cases.Lstm(2, 3, 4, 5).draw(), "cpu", torch.float32)
+    with pytest.raises(RuntimeError, match=r"h_0: expected shape \[1, 3, 5\], got \[1, 3, 4\]"):
+        ops.lstm(x, h_0[..., :4], c_0, *weights)
+    with pytest.raises(RuntimeError, match=r"weight_ih: expected shape \[20, 3\], got \[20, 4\]"):
+        ops.lstm(x[..., :3], h_0, c_0, *weights)
+    with pytest.raises(RuntimeError, match="bias_ih and bias_hh: give both or neither"):
+        ops.lstm(x, h_0, c_0, *weights[:3], [])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_results_do_not_depend_on_the_schedule(library, ops, seed):
+    torch.manual_seed(0)
+    case = cases.CONVS["odd"]
+    drawn = case.draw(cases.normal)
+    lstm = cases._convert(cases.LSTMS["odd"].draw(), "cpu", torch.float32)
+    first = [*cases.run_conv(ops, "cpu", case, torch.float32, *drawn), *ops.lstm(*lstm)]
+    library.emulator_seed(1 + seed)
+    second = [*cases.run_conv(ops, "cpu", case, torch.float32, *drawn), *ops.lstm(*lstm)]
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
