@@ -1,0 +1,131 @@
+"""Paired timing: contenders take turns in one process, so that whatever slows the machine slows them alike.
+
+A figure that leaves this file is a ratio of two times taken in the same round. Three rules keep it honest:
+
+- A turn begins with a pause and one uncounted call. Thread pools (libgomp, ONNX Runtime, OpenVINO) spin for
+  a while after their work and steal a core from the next contender; the pause outlasts them, and the
+  uncounted call wakes the contender's own pool and warms its caches.
+- The order rotates and turns round, so that nobody always runs first or always behind the same neighbour.
+- The control: one contender takes a second turn in each round. Its ratio to itself must read 1; when it does
+  not, the machine was too noisy and the whole measurement is void, good figures and bad ones alike.
+
+Standard library only; it knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+CONTROL = "control"  # name of the second turn of the contender that is compared with itself
+CONTROL_TOLERANCE = 0.05  # the control's median ratio must lie within 1 ± this
+MIN_PAUSE_S = 0.1  # thread pools spin for up to this long after their work
+
+
+def tuned_allocator_env() -> dict[str, str]:
+    """Environment variables that make glibc keep and reuse big buffers; set them before the process starts.
+
+    With glibc's defaults a buffer of some megabytes is returned to the kernel when freed and page-faulted
+    afresh at the next call, which costs more than many kernels do. No effect outside glibc.
+    """
+    kept = str(1 << 32)  # bytes; above any buffer of the benchmarks
+    return {"MALLOC_MMAP_THRESHOLD_": kept, "MALLOC_TRIM_THRESHOLD_": kept, "MALLOC_TOP_PAD_": str(1 << 26)}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Distribution of the paired ratios over the rounds."""
+
+    median: float
+    p25: float
+    p75: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What :func:`paired` measured: ``seconds[name][i]`` is the time of a call of ``name`` in round ``i``."""
+
+    seconds: dict[str, list[float]]
+    control_of: str | None = None
+
+    def median_ms(self, name: str) -> float:
+        return 1e3 * statistics.median(self.seconds[name])
+
+    def min_ms(self, name: str) -> float:
+        return 1e3 * min(self.seconds[name])
+
+    def ratio(self, name: str, base: str) -> Ratio:
+        """Time of ``name`` over time of ``base``, paired by round: above 1, ``base`` is the faster one."""
+        ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[base], strict=True)]
+        p25, median, p75 = statistics.quantiles(ratios, n=4, method="inclusive")
+        return Ratio(median, p25, p75)
+
+    @property
+    def control(self) -> Ratio | None:
+        """The contender named ``control`` over itself; None when no control was asked for."""
+        return self.ratio(CONTROL, self.control_of) if self.control_of else None
+
+    @property
+    def valid(self) -> bool:
+        """True if there was a control and its median is within 1 ± ``CONTROL_TOLERANCE``."""
+        return self.control is not None and abs(self.control.median - 1) <= CONTROL_TOLERANCE
+
+
+def paired(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    control: str | None = None,
+    pause_s: float = MIN_PAUSE_S,
+    turn_s: float = 0.05,
+    max_calls: int = 50,
+    warmup: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Timings:
+    """Times ``contenders`` in turns, ``rounds`` times over.
+
+    A contender is a callable that does all of its work before it returns. One turn is a pause of ``pause_s``
+    seconds, one uncounted call, then counted calls until they add up to ``turn_s`` seconds or ``max_calls``;
+    the turn's time is their median. ``control`` names the contender that is also compared with itself. Before
+    the first round each contender makes ``warmup`` uncounted calls: lazy initialisation, and an allocator
+    that needs a few calls until it reuses the same buffers.
+
+    Raises ValueError for fewer than two rounds, a pause below ``MIN_PAUSE_S`` or an unknown control.
+    """
+    if rounds < 2:
+        raise ValueError(f"rounds: a spread needs at least 2, got {rounds}")
+    if pause_s < MIN_PAUSE_S:
+        raise ValueError(f"pause_s: thread pools spin for up to {MIN_PAUSE_S} s, got {pause_s}")
+    if CONTROL in contenders:
+        raise ValueError(f"contenders: the name {CONTROL!r} is taken by the control")
+    if control is not None and control not in contenders:
+        raise ValueError(f"control: {control!r} is not one of {sorted(contenders)}")
+
+    runs = dict(contenders)
+    if control is not None:
+        runs[CONTROL] = runs[control]
+
+    def turn(run: Callable[[], object]) -> float:
+        sleep(pause_s)
+        run()
+        calls: list[float] = []
+        while not calls or (sum(calls) < turn_s and len(calls) < max_calls):
+            start = clock()
+            run()
+            calls.append(clock() - start)
+        return statistics.median(calls)
+
+    for run in contenders.values():
+        for _ in range(warmup):
+            run()
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        first = i % len(names)
+        order = names[first:] + names[:first]
+        for name in order if i % 2 == 0 else reversed(order):
+            seconds[name].append(turn(runs[name]))
+    return Timings(seconds, control)
