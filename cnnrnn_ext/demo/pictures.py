@@ -68,7 +68,7 @@ def clips(path, test, predicted, accuracy, count=6):
             height,
             f"{accuracy['digit']:.1%} of digits and {accuracy['direction']:.1%} of directions are right",
             "Clips of handwritten digits that training never saw. The CNN reads every frame, the LSTM joins\n"
-            "them: no single frame tells the direction. A digit that slides out comes back on the other side.",
+            "them: no single frame tells the direction. A digit that leaves on one side comes back.",
         )
         for row, clip in enumerate(chosen):
             y = height - top - (row + 1) * (cell + gap) + gap
@@ -95,7 +95,7 @@ def clips(path, test, predicted, accuracy, count=6):
 
 
 def _choose(test, predicted, count):
-    """Indices of ``count`` clips: different digits, directions in turn; the last a wrong one if there is any."""
+    """Indices of ``count`` clips: different digits, directions in turn; a wrong one last if there is any."""
     right = torch.stack([predicted[head] == label for head, label in test.labels().items()]).all(0)
     wrong = (~right).nonzero().flatten().tolist()[:1]
     chosen = []
@@ -149,7 +149,7 @@ def losses(path, compared):
             10,
             4.9,
             f"The loss curves {verb}: at most {_power(furthest)} apart",
-            f"{len(ours)} steps of the same network on the same batches, built from cnnrnn_ext and from torch.nn.",
+            f"{len(ours)} steps of the same network on the same batches, of cnnrnn_ext and of torch.nn.",
         )
         left, bottom, top = 0.85, 1.15, 1.25
         axes = _area(figure, left, bottom, 5.45, top)
@@ -173,7 +173,7 @@ def losses(path, compared):
         axes.legend(loc="lower right")
         _caption(
             figure,
-            "Sums taken in another order round differently, and training magnifies that step by step: stock's "
+            "Sums taken in another order round differently, and training magnifies that at each step: stock's "
             f"own two layouts part in the same way, by up to {_power(compared['stock_max_abs_diff'])}.",
         )
         figure.savefig(path, dpi=DPI)
@@ -209,8 +209,8 @@ def step_times(path, compared):
         _caption(
             figure,
             f"{conditions['cpu']}, {conditions['threads']} thread(s); torch {conditions['torch']}; "
-            f"allocator: {conditions['allocator']}; {'; '.join(conditions['kernels'])}. Contenders took turns "
-            f"in one process; the speed-up is the median of the paired ratios to {best} (quartiles "
+            f"allocator: {conditions['allocator']}; {'; '.join(conditions['kernels'])}. Contenders took "
+            f"turns in one process; the speed-up is the median of the paired ratios to {best} (quartiles "
             f"{speedup['p25']:.2f} to {speedup['p75']:.2f}). Control, stock against itself: "
             f"{control['median']:.2f}"
             + ("." if compared["valid"] else ", outside 1.00 ± 0.05: the figures are void."),

@@ -1,10 +1,10 @@
 """The training: one network, one recipe, a checkpoint that a stopped run continues from bit by bit.
 
-A plain loop on purpose: whatever step ``n`` needs (its batch, its learning rate) follows from the seed and
-``n`` alone, so a run that was stopped anywhere, within an epoch too, goes on as if it never had been. Lightning
-was tried and left out: with a progress bar and three logged values it took 2 ms of processor time a step where
-this loop takes 0.1 ms (the network's own step is a few tens of ms on two cores), it more than triples the time
-to import torch, and it brings fourteen packages.
+A plain loop on purpose: whatever step ``n`` needs (its batch, its learning rate) follows from the seed
+and ``n`` alone, so a run that was stopped anywhere, within an epoch too, goes on as if it never had been.
+Lightning was tried and left out: with a progress bar and three logged values it took 2 ms of processor time
+a step where this loop takes 0.1 ms (the network's own step is a few tens of ms on two cores), it more than
+triples the time to import torch, and it brings fourteen packages.
 """
 
 import contextlib
