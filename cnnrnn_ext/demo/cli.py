@@ -1,0 +1,217 @@
+"""``python -m cnnrnn_ext demo``: trains, compares, draws, and prints a short table."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from cnnrnn_ext.demo import DemoError
+
+NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}  # module: package
+STOPPED = 130  # exit status of a program that Ctrl-C ended
+
+
+def add_arguments(parser):
+    parser.add_argument("--epochs", type=_positive, help="length of the training (default: the recipe's)")
+    parser.add_argument("--seed", type=_natural, default=0, help="of data, weights and batches (default 0)")
+    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder (default out/demo)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue the output folder's run, or fail")
+    start.add_argument("--fresh", action="store_true", help="start anew, whatever the output folder holds")
+    parser.add_argument(
+        "--backend", choices=("auto", "compiled", "reference"), default="auto",
+        help="what our modules run on: compiled kernels where there are any, only those, or plain PyTorch",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=_positive, help="of torch (default: torch's choice)")
+    parser.add_argument("--quick", action="store_true", help="a tiny run that shows that everything works")
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _natural(text):
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def run(arguments):
+    """The whole demo; returns the exit status. ``arguments``: what add_arguments' parser gave."""
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return _fail(f"the demo needs {', '.join(missing)}: pip install cnnrnn_ext[demo]")
+    try:
+        return _run(arguments)
+    except DemoError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return STOPPED
+
+
+def _fail(message):
+    print(f"cnnrnn_ext demo: {message}", file=sys.stderr)
+    return 1
+
+
+def _run(arguments):
+    # Here and not above: `python -m cnnrnn_ext --help` needs none of these.
+    import torch
+
+    from cnnrnn_ext import backend
+    from cnnrnn_ext.demo import comparison, digits, pictures, training
+
+    output, checkpoint = arguments.output, arguments.output / "checkpoint.pt"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"{output}: cannot be made a folder: {error.strerror}") from error
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    recipe = _recipe(arguments)
+    model, optimizer, progress = _start(arguments, recipe, checkpoint)
+    scans = training.load_scans(recipe)
+
+    print(
+        f"Training a CNN → LSTM on clips of {len(scans['train'])} handwritten digits, "
+        f"{recipe.epochs} epochs of {recipe.steps_per_epoch(scans)} steps, "
+        f"{torch.get_num_threads()} thread(s)" + (f", from step {progress.step}" if progress.step else ""),
+        flush=True,
+    )
+    with backend(arguments.backend):
+        if not training.fit(recipe, scans, model, optimizer, progress, checkpoint):
+            print(
+                f"Stopped after step {progress.step}. The same command goes on from there.", file=sys.stderr
+            )
+            return STOPPED
+        test = digits.evaluation_clips(scans["test"], recipe.seed)
+        predicted = training.predict(model, test)
+    accuracy = training.accuracy(predicted, test)
+
+    compared = comparison.measure_in_fresh_process(
+        recipe,
+        _plan(arguments, recipe),
+        output / "comparison.json",
+        torch.get_num_threads(),
+        arguments.backend,
+    )
+    pictures.clips(output / "clips.png", test, predicted, accuracy)
+    pictures.losses(output / "losses.png", compared)
+    pictures.step_times(output / "step_times.png", compared)
+    metrics = _metrics(recipe, progress, accuracy, compared, test)
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    _print_table(metrics, output)
+    return 0
+
+
+def _recipe(arguments):
+    from cnnrnn_ext.demo.training import Recipe
+
+    options = {"seed": arguments.seed}
+    if arguments.quick:
+        options |= {"epochs": 2, "scans": 64, "validate_every": 1}
+    if arguments.epochs:
+        options["epochs"] = arguments.epochs
+    return Recipe(**options)
+
+
+def _plan(arguments, recipe):
+    from cnnrnn_ext.demo.comparison import Plan
+
+    if arguments.quick:
+        return Plan(epochs=1, rounds=2, attempts=1, turn_s=0.01, warmup=1)
+    return Plan(epochs=min(Plan.epochs, recipe.epochs))
+
+
+def _start(arguments, recipe, checkpoint):
+    """(model, optimizer, progress): of the checkpoint where the options and its content say so, or new ones.
+
+    Without --resume and --fresh an unfinished run goes on and a finished one (its metrics.json is there)
+    starts anew.
+    """
+    from cnnrnn_ext.demo import training
+
+    if arguments.resume and not checkpoint.exists():
+        raise DemoError(f"{checkpoint}: there is no checkpoint to resume from")
+    if checkpoint.exists() and not arguments.fresh:
+        saved, model, optimizer, progress = training.load(checkpoint)
+        finished = (arguments.output / "metrics.json").exists()
+        if saved == recipe and (arguments.resume or not finished):
+            return model, optimizer, progress
+        if saved != recipe and (arguments.resume or not finished):
+            changed = [name for name in vars(recipe) if getattr(saved, name) != getattr(recipe, name)]
+            raise DemoError(
+                f"{checkpoint}: belongs to a run with another {', '.join(changed)}; give the same options "
+                "again, or --fresh to replace it, or --output to write elsewhere"
+            )
+    (arguments.output / "metrics.json").unlink(missing_ok=True)
+    model = training.build(recipe.seed)
+    return model, training.optimizer_for(model, recipe), training.Progress()
+
+
+def _metrics(recipe, progress, accuracy, compared, test):
+    from cnnrnn_ext.demo import comparison
+
+    return {
+        "test_accuracy_digit": accuracy["digit"],
+        "test_accuracy_direction": accuracy["direction"],
+        "test_clips": len(test),
+        "train_seconds": progress.seconds,
+        "train_steps": progress.step,
+        "step_ms_fused": compared["step_ms"][comparison.FUSED],
+        "step_ms_stock": compared["step_ms"][compared["best_stock"]],
+        "step_ms": compared["step_ms"],
+        "best_stock": compared["best_stock"],
+        "speedup": compared["speedup"],
+        "control": compared["control"],
+        "timing_valid": compared["valid"],
+        "loss_curve_max_abs_diff": compared["loss_curve_max_abs_diff"],
+        "loss_curve_steps": compared["steps"],
+        "loss_curve_max_abs_diff_stock_layouts": compared["stock_max_abs_diff"],
+        "validation": progress.validation,
+        "recipe": asdict(recipe),
+        "conditions": compared["conditions"],
+    }
+
+
+def _print_table(metrics, output):
+    from cnnrnn_ext.demo.comparison import FUSED
+
+    speedup, control, conditions = metrics["speedup"], metrics["control"], metrics["conditions"]
+    step_ms, valid = metrics["step_ms"], metrics["timing_valid"]
+    kernels = "; ".join(conditions["kernels"])
+    rows = [
+        ("test accuracy, digit", f"{metrics['test_accuracy_digit']:.2%}", f"{metrics['test_clips']} clips"),
+        ("test accuracy, direction", f"{metrics['test_accuracy_direction']:.2%}", "of unseen scans"),
+        ("training", f"{metrics['train_seconds']:.1f} s", f"{metrics['train_steps']} steps"),
+        *(
+            (f"step, {name}", f"{ms:.1f} ms", kernels if name == FUSED else "")
+            for name, ms in step_ms.items()
+        ),
+        (
+            "speed-up",
+            f"{speedup['median']:.2f}×",
+            f"over {metrics['best_stock']}, quartiles {speedup['p25']:.2f} … {speedup['p75']:.2f}",
+        ),
+        ("stock against itself", f"{control['median']:.2f}×", "" if valid else "VOID: the machine was busy"),
+        (
+            "loss curves apart by",
+            f"{metrics['loss_curve_max_abs_diff']:.1e}",
+            f"at most in {metrics['loss_curve_steps']} steps; stock's two layouts by "
+            f"{metrics['loss_curve_max_abs_diff_stock_layouts']:.1e}",
+        ),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    print()
+    for name, value, remark in rows:
+        print(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {remark}")
+    print(
+        f"\n{conditions['cpu']}, {conditions['threads']} thread(s), torch {conditions['torch']}, "
+        f"allocator: {conditions['allocator']}\nPictures and metrics: {output}"
+    )

@@ -1,0 +1,189 @@
+"""The demo's network against the same one built from stock torch.nn modules: losses and step times.
+
+Runs in a process of its own (``measure_in_fresh_process``), because the allocator is tuned by environment
+variables that a process reads once, at its start, and because no earlier work should weigh on the timing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cnnrnn_ext import _timing, backend, trace
+from cnnrnn_ext.demo import DemoError, digits, training
+from cnnrnn_ext.models.cnnrnn import stock_conv_pool
+
+FUSED = "cnnrnn_ext"
+NCHW = "stock NCHW"
+CHANNELS_LAST = "stock channels_last"
+STOCK = (NCHW, CHANNELS_LAST)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is compared: epochs trained side by side; rounds of the timing, and tries to get a quiet one.
+
+    turn_s, warmup: see :func:`_timing.paired`.
+    """
+
+    epochs: int = 3
+    rounds: int = 11
+    attempts: int = 3
+    turn_s: float = 0.15
+    warmup: int = 5
+
+
+class channels_last_conv_pool(stock_conv_pool):
+    """stock_conv_pool that reads and writes channels_last."""
+
+    def forward(self, input):
+        _, channels, height, width = input.shape
+        if channels == 1:
+            # Either layout stores one channel alike, and torch takes such a tensor for NCHW unless its
+            # strides spell out the other.
+            input = input.contiguous().as_strided(input.shape, (height * width, 1, width, 1))
+        return super().forward(input.contiguous(memory_format=torch.channels_last))
+
+
+def build_all(seed):
+    """{name: model}, all with the weights that ``training.build(seed)`` draws."""
+    models = {
+        FUSED: training.build(seed),
+        NCHW: training.build(seed, conv_pool=stock_conv_pool, rnn=nn.LSTM),
+        CHANNELS_LAST: training.build(seed, conv_pool=channels_last_conv_pool, rnn=nn.LSTM),
+    }
+    for name in STOCK:
+        models[name].load_state_dict(models[FUSED].state_dict())
+    models[CHANNELS_LAST].to(memory_format=torch.channels_last)
+    return models
+
+
+def measure(recipe, plan, show_progress=True):
+    """Trains the three networks on the same batches, then times a step of each in turns; see ``Returns``.
+
+    Returns a dict: losses {name: one a step}, loss_curve_max_abs_diff (FUSED against NCHW) and, to judge it
+    by, stock_max_abs_diff (the two stock layouts against each other), step_ms {name: median}, best_stock,
+    speedup {median, p25, p75} of FUSED over best_stock, control (NCHW over itself), valid, conditions.
+    """
+    from tqdm import tqdm
+
+    scans = training.load_scans(recipe)
+    steps = plan.epochs * recipe.steps_per_epoch(scans)
+    schedule = recipe.epochs * recipe.steps_per_epoch(scans)
+    models = build_all(recipe.seed)
+    optimizers = {name: training.optimizer_for(model, recipe) for name, model in models.items()}
+    losses = {name: [] for name in models}
+    with tqdm(total=steps, desc="comparing", unit="step", disable=not show_progress, mininterval=0.5) as bar:
+        for step in range(steps):
+            clips = digits.training_batch(scans["train"], recipe.batch, recipe.seed, step)
+            for name, model in models.items():
+                training.set_rate(optimizers[name], recipe.rate_at(step, schedule))
+                loss, _ = training.train_step(model, optimizers[name], clips)
+                losses[name].append(loss.item())
+            bar.update()
+
+    timings = time_steps(models, optimizers, clips, plan)
+    step_ms = {name: timings.median_ms(name) for name in models}
+    best_stock = min(STOCK, key=step_ms.get)
+    return {
+        "losses": losses,
+        "steps": steps,
+        "loss_curve_max_abs_diff": max_abs_diff(losses[FUSED], losses[NCHW]),
+        "stock_max_abs_diff": max_abs_diff(losses[CHANNELS_LAST], losses[NCHW]),
+        "step_ms": step_ms,
+        "best_stock": best_stock,
+        "speedup": asdict(timings.ratio(best_stock, FUSED)),
+        "control": asdict(timings.control),
+        "valid": timings.valid,
+        "conditions": conditions(recipe, models[FUSED], clips),
+    }
+
+
+def max_abs_diff(left, right):
+    return max(abs(a - b) for a, b in zip(left, right, strict=True))
+
+
+def time_steps(models, optimizers, clips, plan):
+    """Paired times of a training step (forward, loss, backward, Adam) on one batch that lies ready."""
+
+    def contender(name):
+        model, optimizer = models[name], optimizers[name]
+        training.set_rate(optimizer, 0.0)  # the same work, and the same weights, at each call
+        return lambda: training.train_step(model, optimizer, clips)
+
+    contenders = {name: contender(name) for name in models}
+    for _ in range(plan.attempts):
+        timings = _timing.paired(
+            contenders, plan.rounds, control=NCHW, turn_s=plan.turn_s, warmup=plan.warmup
+        )
+        if timings.valid:
+            break
+    return timings
+
+
+def conditions(recipe, model, clips):
+    """What the figures depend on, in words."""
+    with trace() as log:
+        training.train_step(model, training.optimizer_for(model, recipe), clips)
+    tuned = all(os.environ.get(name) == value for name, value in _timing.tuned_allocator_env().items())
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "allocator": "glibc, tuned" if tuned else "default",
+        "kernels": sorted({f"{call.op}: {call.kernel or f'plain torch ({call.reason})'}" for call in log}),
+        "step": f"forward, loss, backward, Adam on {recipe.batch} clips of {digits.FRAMES} frames, float32",
+    }
+
+
+def cpu_name():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# ---- the fresh process ----
+
+
+def measure_in_fresh_process(recipe, plan, path, threads, mode, show_progress=True):
+    """:func:`measure` in a new Python under the tuned allocator; the result is also left at ``path``."""
+    command = [
+        sys.executable, "-m", "cnnrnn_ext.demo.comparison", str(path),
+        "--threads", str(threads), "--backend", mode,
+        "--recipe", json.dumps(asdict(recipe)), "--plan", json.dumps(asdict(plan)),
+    ]  # fmt: skip
+    command += [] if show_progress else ["--no-progress"]
+    ended = subprocess.run(command, env={**os.environ, **_timing.tuned_allocator_env()}, check=False)
+    if ended.returncode:
+        raise DemoError(f"the comparison with stock modules ended with exit status {ended.returncode}")
+    return json.loads(Path(path).read_text())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path, help="the JSON file to write")
+    parser.add_argument("--recipe", type=json.loads, default={}, help="fields of training.Recipe, as JSON")
+    parser.add_argument("--plan", type=json.loads, default={}, help="fields of Plan, as JSON")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--backend", choices=("auto", "compiled", "reference"), default="auto")
+    parser.add_argument("--no-progress", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with backend(arguments.backend):
+        result = measure(
+            training.Recipe(**arguments.recipe),
+            Plan(**arguments.plan),
+            show_progress=not arguments.no_progress,
+        )
+    arguments.path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The demo's pictures: a title says what was found, whatever it was; a caption, under which conditions."""
+
+import math
+import textwrap
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from cnnrnn_ext.demo import digits
+from cnnrnn_ext.demo.comparison import CHANNELS_LAST, FUSED, NCHW
+
+OURS, STOCK, STOCK_TOO = "#d1495b", "#2e4057", "#8d99ae"
+INK, QUIET, RIGHT = "#22262e", "#6b7280", "#2a7f62"
+COLORS = {FUSED: OURS, NCHW: STOCK, CHANNELS_LAST: STOCK_TOO}
+ARROWS = {"right": "→", "left": "←", "down": "↓", "up": "↑"}
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "legend.frameon": False,
+}
+DPI = 160
+MARGIN = 0.35  # inches, around every picture
+VISIBLE = 0.01  # difference of two losses that can be seen in the plot
+
+
+def _page(width, height, title, subtitle):
+    """A figure with its two headings; lengths in inches."""
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.text(MARGIN / width, 1 - 0.3 / height, title, size=15, weight="bold", va="top")
+    figure.text(MARGIN / width, 1 - 0.66 / height, subtitle, size=10, color=QUIET, va="top", linespacing=1.4)
+    return figure
+
+
+def _caption(figure, text):
+    width, height = figure.get_size_inches()
+    lines = textwrap.fill(text, int((width - 2 * MARGIN) * 14.5))
+    figure.text(
+        MARGIN / width, MARGIN * 0.7 / height, lines, size=8.5, color=QUIET, va="bottom", linespacing=1.5
+    )
+
+
+def _area(figure, left, bottom, right, top):
+    """Axes that keep these distances (inches) from the page's edges."""
+    width, height = figure.get_size_inches()
+    return figure.add_axes(
+        (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
+    )
+
+
+def clips(path, test, predicted, accuracy, count=6):
+    """A strip of frames for some test clips, with what the network says of each, an error included."""
+    chosen = _choose(test, predicted, count)
+    shown = range(0, digits.FRAMES, 2)
+    cell, gap, side, top, bottom = 0.86, 0.1, 2.5, 1.55, 0.75
+    width = 2 * MARGIN + len(shown) * cell + side
+    height = top + bottom + len(chosen) * (cell + gap)
+    with matplotlib.rc_context(STYLE):
+        figure = _page(
+            width,
+            height,
+            f"{accuracy['digit']:.1%} of digits and {accuracy['direction']:.1%} of directions are right",
+            "Clips of handwritten digits that training never saw. The CNN reads every frame, the LSTM joins\n"
+            "them: no single frame tells the direction. A digit that leaves on one side comes back.",
+        )
+        for row, clip in enumerate(chosen):
+            y = height - top - (row + 1) * (cell + gap) + gap
+            for column, frame in enumerate(shown):
+                axes = figure.add_axes(
+                    (
+                        (MARGIN + column * cell) / width,
+                        y / height,
+                        (cell - 0.04) / width,
+                        (cell - 0.04) / height,
+                    )
+                )
+                axes.imshow(test.frames[clip, frame, 0].numpy(), cmap="gray", vmin=0, vmax=1)
+                axes.set_axis_off()
+                if row == 0:
+                    axes.set_title(f"frame {frame + 1}", size=8, color=QUIET, pad=3)
+            _verdict(figure, test, predicted, clip, (width - side, y + cell / 2))
+        _caption(
+            figure,
+            f"Every second of {digits.FRAMES} frames. Accuracy over {len(test)} clips: each unseen digit "
+            "in each of the four directions.",
+        )
+        figure.savefig(path, dpi=DPI)
+
+
+def _choose(test, predicted, count):
+    """Indices of ``count`` clips: different digits, directions in turn; a wrong one last if there is any."""
+    right = torch.stack([predicted[head] == label for head, label in test.labels().items()]).all(0)
+    wrong = (~right).nonzero().flatten().tolist()[:1]
+    chosen = []
+    for i in right.nonzero().flatten().tolist():
+        in_turn = test.direction[i] == len(chosen) % len(digits.DIRECTIONS)
+        if in_turn and test.digit[i] not in test.digit[chosen] and len(chosen) + len(wrong) < count:
+            chosen.append(i)
+    return chosen + wrong
+
+
+def _verdict(figure, test, predicted, clip, place):
+    width, height = figure.get_size_inches()
+    x, y = place
+    said = (int(predicted["digit"][clip]), digits.DIRECTIONS[predicted["direction"][clip]])
+    true = (int(test.digit[clip]), digits.DIRECTIONS[test.direction[clip]])
+    color = RIGHT if said == true else OURS
+    figure.text(
+        x / width,
+        y / height,
+        f"{said[0]} {ARROWS[said[1]]}",
+        size=20,
+        weight="bold",
+        color=color,
+        va="center",
+    )
+    words = "both right" if said == true else f"truth: {true[0]} {ARROWS[true[1]]}"
+    figure.text(
+        (x + 0.85) / width,
+        y / height,
+        f"{said[0]}, moving {said[1]}\n{words}",
+        size=9,
+        color=color,
+        va="center",
+        linespacing=1.5,
+    )
+
+
+def _power(value):
+    """0.00012 → 1.2×10⁻⁴, as matplotlib writes it."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}×10$^{{{int(exponent)}}}$"
+
+
+def losses(path, compared):
+    """The loss curves of ours and stock, and how far apart they are."""
+    ours, stock, other = (compared["losses"][name] for name in (FUSED, NCHW, CHANNELS_LAST))
+    steps, furthest = range(1, len(ours) + 1), compared["loss_curve_max_abs_diff"]
+    verb = "coincide" if furthest < VISIBLE else "part"
+    with matplotlib.rc_context(STYLE):
+        figure = _page(
+            10,
+            4.9,
+            f"The loss curves {verb}: at most {_power(furthest)} apart",
+            f"{len(ours)} steps of the same network on the same batches, of cnnrnn_ext and of torch.nn.",
+        )
+        left, bottom, top = 0.85, 1.15, 1.25
+        axes = _area(figure, left, bottom, 5.45, top)
+        axes.plot(
+            steps, ours, color=OURS, linewidth=5, alpha=0.45, label="cnnrnn_ext", solid_capstyle="round"
+        )
+        axes.plot(steps, stock, color=STOCK, linewidth=1.2, label="stock torch.nn")
+        axes.set_title("Loss: both heads' cross-entropy", size=10, loc="left")
+        axes.set_xlabel("step")
+        axes.legend(loc="lower left")
+        axes.set_ylim(bottom=0)
+
+        axes = _area(figure, 5.7, bottom, MARGIN, top)
+        for values, color, label in (
+            (_difference(other, stock), STOCK_TOO, "stock channels_last − stock NCHW"),
+            (_difference(ours, stock), OURS, "cnnrnn_ext − stock NCHW"),
+        ):
+            axes.semilogy(steps, values, color=color, linewidth=1.4, label=label)
+        axes.set_title("Absolute difference of the losses", size=10, loc="left")
+        axes.set_xlabel("step")
+        axes.legend(loc="lower right")
+        _caption(
+            figure,
+            "Sums taken in another order round differently, and training magnifies that at each step: stock's "
+            f"own two layouts part in the same way, by up to {_power(compared['stock_max_abs_diff'])}.",
+        )
+        figure.savefig(path, dpi=DPI)
+
+
+def _difference(left, right):
+    """|left − right| at each step; what is equal is left out of the logarithmic plot."""
+    return [abs(a - b) or math.nan for a, b in zip(left, right, strict=True)]
+
+
+def step_times(path, compared):
+    """Bars of the step times, with the conditions in the caption."""
+    speedup, control, conditions = compared["speedup"], compared["control"], compared["conditions"]
+    names = [FUSED, *sorted((NCHW, CHANNELS_LAST), key=compared["step_ms"].get)]
+    best = compared["best_stock"]
+    if not compared["valid"]:
+        title = "The machine was too busy for a fair timing"
+    elif speedup["median"] >= 1:
+        title = f"Training steps run {speedup['median']:.1f}× as fast as with stock torch.nn"
+    else:
+        title = f"Training steps take {1 / speedup['median']:.1f}× as long as with stock torch.nn"
+    with matplotlib.rc_context(STYLE):
+        figure = _page(10, 3.9, title, f"Time of a step: {conditions['step']}. Shorter is better.")
+        axes = _area(figure, 2.0, 1.35, 1.0, 1.1)
+        times = [compared["step_ms"][name] for name in names]
+        axes.barh(names, times, color=[COLORS[name] for name in names], height=0.62)
+        axes.invert_yaxis()
+        for row, value in enumerate(times):
+            axes.text(value, row, f"  {value:.1f} ms", va="center", weight="bold")
+        axes.tick_params(axis="y", length=0, labelsize=11, labelcolor=INK)
+        axes.xaxis.set_visible(False)
+        axes.spines[["bottom", "left"]].set_visible(False)
+        _caption(
+            figure,
+            f"{conditions['cpu']}, {conditions['threads']} thread(s); torch {conditions['torch']}; "
+            f"allocator: {conditions['allocator']}; {'; '.join(conditions['kernels'])}. Contenders took "
+            f"turns in one process; the speed-up is the median of the paired ratios to {best} (quartiles "
+            f"{speedup['p25']:.2f} to {speedup['p75']:.2f}). Control, stock against itself: "
+            f"{control['median']:.2f}"
+            + ("." if compared["valid"] else ", outside 1.00 ± 0.05: the figures are void."),
+        )
+        figure.savefig(path, dpi=DPI)
