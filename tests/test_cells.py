@@ -45,6 +45,29 @@ def test_against_torch(mode, shape, bias, dtype):
     compare(ours, stock, cell_tensors(*SHAPES[shape], bias, dtype), mode, OPS)
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("gate", ["i", "f", "g", "o"])
+def test_each_gate_over_all_preactivations(mode, gate, dtype):
+    """One gate swept through -130 ... 130 in fine steps and to infinity, the other three held open.
+
+    The edges of float's exponential (about ±88.4 to ±88.8) lie inside.
+    """
+    sweep = torch.cat((torch.linspace(-130, 130, 52001), torch.tensor([1e9, -1e9, 3e38, -3e38])))
+    sweep = torch.cat((sweep, torch.tensor([float("inf"), float("-inf")]))).to(dtype)
+    position = "ifgo".index(gate)
+    tensors = {
+        "input": sweep[:, None],
+        "h": torch.zeros(len(sweep), 1, dtype=dtype),
+        "c": torch.ones(len(sweep), 1, dtype=dtype),
+        "weight_ih": torch.eye(4, dtype=dtype)[:, position : position + 1].clone(),
+        "weight_hh": torch.zeros(4, 1, dtype=dtype),
+        "bias_ih": torch.tensor([40.0, 40.0, 0.5, 40.0], dtype=dtype) * (torch.arange(4) != position),
+        "bias_hh": torch.zeros(4, dtype=dtype),
+    }
+    compare(ours, stock, tensors, mode, OPS, wanted=[])
+
+
 NAMES = ("input", "h", "c", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
