@@ -1,0 +1,76 @@
+"""Fixtures of the whole suite: which backend a test runs on, and a fixed seed for each test."""
+
+import os
+import warnings
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import cnnrnn_ext
+from _oracle import compiled_missing
+
+PURE = os.environ.get("CNNRNN_TEST_PURE") == "1"
+REQUIRED = os.environ.get("CNNRNN_REQUIRE_EXT", "").lower() in ("1", "on", "true")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "isa: runs again for each instruction set (test_isa.py)")
+    config.addinivalue_line("markers", "pure: runs again on a pure-Python install (test_pure_python.py)")
+
+
+def pytest_report_header():
+    reason = compiled_missing()
+    kernels = f"none: {reason}" if reason else "loaded"
+    return f"cnnrnn_ext: {Path(cnnrnn_ext.__file__).parent}, compiled kernels {kernels}"
+
+
+def pytest_sessionstart():
+    if PURE and compiled_missing() is None:
+        pytest.exit("CNNRNN_TEST_PURE=1, but this install has compiled libraries", returncode=3)
+
+
+@pytest.fixture(autouse=True)
+def _seed(request):
+    """Each test draws the same numbers alone, in any order and in the whole suite."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.split("/")[-1].encode()))
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
+def require_compiled():
+    reason = compiled_missing()
+    if reason is None:
+        return
+    if REQUIRED:
+        pytest.fail(f"CNNRNN_REQUIRE_EXT is set, but there are no compiled kernels: {reason}")
+    pytest.skip(f"no compiled kernels: {reason}")
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def mode(request):
+    """The backend a test asks for, and asserts with ``_oracle.running_on``."""
+    if request.param == "compiled":
+        require_compiled()
+    return request.param
+
+
+@pytest.fixture
+def compiled():
+    """For a test of the compiled kernels only."""
+    require_compiled()
+    return "compiled"
+
+
+@pytest.fixture
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
