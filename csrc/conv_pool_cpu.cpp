@@ -75,18 +75,20 @@ bool is_channels_last(const Tensor& x) {
 }
 
 Tensor in_layout(const Tensor& t, bool channels_last) {
-  return torch::stable::contiguous(
-      t, channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  return torch::stable::contiguous(t, channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                    : torch::headeronly::MemoryFormat::Contiguous);
 }
 
-Tensor empty_image(const Tensor& like, const ConvPoolShape& s, int64_t channels, Pair size, ScalarType dtype) {
-  const auto format =
-      s.channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+Tensor empty_image(const Tensor& like, const ConvPoolShape& s, int64_t channels, Pair size,
+                   ScalarType dtype) {
+  const auto format = s.channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                      : torch::headeronly::MemoryFormat::Contiguous;
   return torch::stable::empty({s.batch, channels, size.h, size.w}, dtype, torch::headeronly::Layout::Strided,
                               like.device(), false, format);
 }
 
-ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Config& c) {
+ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                              const Config& c) {
   check(x.dim() == 4, "x: expected shape [N, C, H, W], got ", shape(x));
   check(weight.dim() == 4, "weight: expected shape [K, C/groups, KH, KW], got ", shape(weight));
   check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
@@ -95,16 +97,16 @@ ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const Optio
   check(c.groups > 0, "groups: expected a positive number, got ", c.groups);
   check(x.size(1) == weight.size(1) * c.groups, "x: expected ", weight.size(1) * c.groups,
         " channels for weight ", shape(weight), " and groups=", c.groups, ", got ", shape(x));
-  check(weight.size(0) % c.groups == 0, "weight: its ", weight.size(0), " outputs are not divisible by groups=",
-        c.groups);
+  check(weight.size(0) % c.groups == 0, "weight: its ", weight.size(0),
+        " outputs are not divisible by groups=", c.groups);
   check(weight.numel() > 0, "weight: expected non-zero sizes, got ", shape(weight));
   if (bias) {
     check_like("bias", *bias, "x", x);
     check_shape("bias", *bias, {weight.size(0)});
   }
   check(c.pool == "max", "pool: the CPU kernels cover 'max', got '", c.pool, "'");
-  check(c.activation == "relu" || c.activation == "none", "activation: the CPU kernels cover 'relu' and 'none', got '",
-        c.activation, "'");
+  check(c.activation == "relu" || c.activation == "none",
+        "activation: the CPU kernels cover 'relu' and 'none', got '", c.activation, "'");
   ConvPoolShape s{};
   s.batch = x.size(0), s.channels = x.size(1), s.outputs = weight.size(0), s.groups = c.groups;
   s.input = {x.size(2), x.size(3)};
@@ -115,12 +117,14 @@ ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const Optio
   s.window = pair("pool_size", c.window, 1);
   s.step = pair("pool_stride", c.step, 1);
   s.margin = pair("pool_padding", c.margin, 0);
-  check(s.positions() <= kDead, "pool_size: expected at most ", int{kDead}, " positions, got ", s.positions());
+  check(s.positions() <= kDead, "pool_size: expected at most ", int{kDead}, " positions, got ",
+        s.positions());
   check(2 * s.margin.h <= s.window.h && 2 * s.margin.w <= s.window.w,
         "pool_padding: expected at most half of pool_size");
   s.conv = {convolved(s.input.h, s.kernel.h, s.stride.h, s.padding.h, s.dilation.h),
             convolved(s.input.w, s.kernel.w, s.stride.w, s.padding.w, s.dilation.w)};
-  check(s.conv.h > 0 && s.conv.w > 0, "x: the kernel ", shape(weight), " is larger than the padded input ", shape(x));
+  check(s.conv.h > 0 && s.conv.w > 0, "x: the kernel ", shape(weight), " is larger than the padded input ",
+        shape(x));
   s.pooled = {pooled(s.conv.h, s.window.h, s.step.h, s.margin.h, c.ceil_mode),
               pooled(s.conv.w, s.window.w, s.step.w, s.margin.w, c.ceil_mode)};
   check(s.pooled.h > 0 && s.pooled.w > 0, "pool_size: the window (", s.window.h, ", ", s.window.w,
@@ -139,8 +143,8 @@ char* aligned(void* memory) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
 }
 
-// Cuts `units` into one contiguous slice per thread and runs body(slice, begin, end, scratch). The cut depends on
-// the thread count alone, so results repeat bit by bit.
+// Cuts `units` into one contiguous slice per thread and runs body(slice, begin, end, scratch). The cut
+// depends on the thread count alone, so results repeat bit by bit.
 template <typename Body>
 void in_slices(const Tensor& like, int64_t units, int64_t scratch_bytes, const Body& body) {
   const int64_t slices = std::min<int64_t>(units, torch::stable::get_num_threads());
@@ -155,8 +159,8 @@ void in_slices(const Tensor& like, int64_t units, int64_t scratch_bytes, const B
 }
 
 template <typename T>
-void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Tensor& y,
-                 Tensor* code) {
+void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                 Tensor& y, Tensor* code) {
   const auto& kernel = kernels_of<T>();
   Tensor packed = empty_like_of(x, {kernel.forward_packed_size(s)});
   kernel.forward_pack(s, data<T>(weight), data<T>(get(bias)), mutable_data<T>(packed));
@@ -174,29 +178,30 @@ void run_weight_gradient(const ConvPoolShape& s, const Tensor& grad_y, const Ten
   const int64_t units = kernel.weight_units(s), size = kernel.weight_partial_size(s);
   const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(units, torch::stable::get_num_threads()));
   Tensor partials = torch::stable::new_zeros(x, {slices, size});
-  in_slices(x, units, kernel.weight_scratch_bytes(s), [&](int64_t slice, int64_t begin, int64_t end, char* scratch) {
-    kernel.weight(s, data<T>(x), data<T>(grad_y), data<uint8_t>(code), mutable_data<T>(partials) + slice * size,
-                  scratch, begin, end);
-  });
+  in_slices(x, units, kernel.weight_scratch_bytes(s),
+            [&](int64_t slice, int64_t begin, int64_t end, char* scratch) {
+              kernel.weight(s, data<T>(x), data<T>(grad_y), data<uint8_t>(code),
+                            mutable_data<T>(partials) + slice * size, scratch, begin, end);
+            });
   kernel.weight_reduce(s, data<T>(partials), slices, grad_weight ? mutable_data<T>(*grad_weight) : nullptr,
                        grad_bias ? mutable_data<T>(*grad_bias) : nullptr);
 }
 
 template <typename T>
-void run_input_gradient(const ConvPoolShape& s, const Tensor& grad_y, const Tensor& weight, const Tensor& code,
-                        Tensor& grad_x) {
+void run_input_gradient(const ConvPoolShape& s, const Tensor& grad_y, const Tensor& weight,
+                        const Tensor& code, Tensor& grad_x) {
   const auto& kernel = kernels_of<T>();
   Tensor packed = empty_like_of(grad_y, {kernel.input_packed_size(s)});
   kernel.input_pack(s, data<T>(weight), mutable_data<T>(packed));
   in_slices(grad_y, kernel.input_units(s), kernel.input_scratch_bytes(s),
             [&](int64_t, int64_t begin, int64_t end, char* scratch) {
-              kernel.input(s, data<T>(packed), data<T>(grad_y), data<uint8_t>(code), mutable_data<T>(grad_x), scratch,
-                           begin, end);
+              kernel.input(s, data<T>(packed), data<T>(grad_y), data<uint8_t>(code), mutable_data<T>(grad_x),
+                           scratch, begin, end);
             });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& bias_any,
-                                   const Config& config, bool train) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& weight_any,
+                                   const OptionalTensor& bias_any, const Config& config, bool train) {
   const ConvPoolShape s = check_arguments(x_any, weight_any, bias_any, config);
   const Tensor x = in_layout(x_any, s.channels_last), weight = in_layout(weight_any, false);
   OptionalTensor bias;
@@ -211,26 +216,26 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& weight_any
 Tensor conv_pool2d(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, Ints dilation,
                    int64_t groups, std::string activation, std::string pool, Ints pool_size, Ints pool_stride,
                    Ints pool_padding, bool ceil_mode) {
-  return std::get<0>(forward(x, weight, bias,
-                             {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride,
-                              pool_padding, ceil_mode},
-                             false));
+  return std::get<0>(forward(
+      x, weight, bias,
+      {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
+      false));
 }
 
-std::tuple<Tensor, Tensor> conv_pool2d_train(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding,
-                                             Ints dilation, int64_t groups, std::string activation, std::string pool,
-                                             Ints pool_size, Ints pool_stride, Ints pool_padding, bool ceil_mode) {
-  return forward(x, weight, bias,
-                 {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
-                 true);
+std::tuple<Tensor, Tensor> conv_pool2d_train(Tensor x, Tensor weight, OptionalTensor bias, Ints stride,
+                                             Ints padding, Ints dilation, int64_t groups,
+                                             std::string activation, std::string pool, Ints pool_size,
+                                             Ints pool_stride, Ints pool_padding, bool ceil_mode) {
+  return forward(
+      x, weight, bias,
+      {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
+      true);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y_any, Tensor x_any, Tensor weight_any,
-                                                        OptionalTensor bias, Tensor code_any, Ints stride,
-                                                        Ints padding, Ints dilation, int64_t groups,
-                                                        std::string activation, std::string pool, Ints pool_size,
-                                                        Ints pool_stride, Ints pool_padding, bool ceil_mode,
-                                                        bool need_x, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
+    Tensor grad_y_any, Tensor x_any, Tensor weight_any, OptionalTensor bias, Tensor code_any, Ints stride,
+    Ints padding, Ints dilation, int64_t groups, std::string activation, std::string pool, Ints pool_size,
+    Ints pool_stride, Ints pool_padding, bool ceil_mode, bool need_x, bool need_weight, bool need_bias) {
   const ConvPoolShape s = check_arguments(
       x_any, weight_any, bias,
       {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
@@ -250,10 +255,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y_any, Tenso
   }
   if (need_weight || need_bias) {
     const Tensor x = in_layout(x_any, s.channels_last);
-    if (need_weight) grad_weight = empty_like_of(grad_y, {s.outputs, s.group_channels(), s.kernel.h, s.kernel.w});
+    if (need_weight)
+      grad_weight = empty_like_of(grad_y, {s.outputs, s.group_channels(), s.kernel.h, s.kernel.w});
     if (need_bias) grad_bias = empty_like_of(grad_y, {s.outputs});
-    (single ? run_weight_gradient<float> : run_weight_gradient<double>)(
-        s, grad_y, x, code, need_weight ? &grad_weight : nullptr, need_bias ? &grad_bias : nullptr);
+    (single ? run_weight_gradient<float> : run_weight_gradient<double>)(s, grad_y, x, code,
+                                                                        need_weight ? &grad_weight : nullptr,
+                                                                        need_bias ? &grad_bias : nullptr);
   }
   return {grad_x, grad_weight, grad_bias};
 }

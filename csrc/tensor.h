@@ -14,8 +14,8 @@
 
 namespace cnnrnn {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // Throws std::runtime_error, which reaches Python as RuntimeError, torch's own type for bad operands.

@@ -27,12 +27,11 @@ static Isa choose_isa() {
   for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
     if (std::string(asked) != isa_name(isa)) continue;
     if (isa > best_isa())
-      throw std::runtime_error(std::string("CNNRNN_CPU_ISA=") + asked +
-                               ", but this machine runs at most " + isa_name(best_isa()));
+      throw std::runtime_error(std::string("CNNRNN_CPU_ISA=") + asked + ", but this machine runs at most " +
+                               isa_name(best_isa()));
     return isa;
   }
-  throw std::runtime_error(std::string("CNNRNN_CPU_ISA=") + asked +
-                           " is not one of baseline, avx2, avx512");
+  throw std::runtime_error(std::string("CNNRNN_CPU_ISA=") + asked + " is not one of baseline, avx2, avx512");
 }
 
 Isa active_isa() {

@@ -1,4 +1,5 @@
-// The CPU kernels of conv_pool as the host file sees them: raw pointers, sizes, one table per instruction set.
+// The CPU kernels of conv_pool as the host file sees them: raw pointers, sizes, one table per instruction
+// set.
 #pragma once
 
 #include <cstdint>

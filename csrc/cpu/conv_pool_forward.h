@@ -6,44 +6,26 @@
 // through a buffer that stays in cache.
 #pragma once
 
-#include "conv_pool.h"
+#include "conv_pool_common.h"
 #include "transpose.h"
 
 namespace {
 
-using cnnrnn::ConvPoolShape;
-using cnnrnn::kDead;
-using cnnrnn::Pair;
-
 constexpr int kPixels = kVectorRegisters == 32 ? 12 : 4;
 constexpr int kBlockVectors = 2;
-constexpr int64_t kChain = 32;          // products added up in one go: the sums of such runs are added in turn
-constexpr int64_t kTileWindows = 96;    // windows of a strip: y and codes of a block stay in L1
+constexpr int64_t kChain = 32;        // products added up in one go: the sums of such runs are added in turn
+constexpr int64_t kTileWindows = 96;  // windows of a strip: y and codes of a block stay in L1
 constexpr int64_t kStripPixels = 2048;  // convolution outputs of a strip that goes through the buffer
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// A part of a scratch area; parts begin at cache lines.
-template <typename T>
-T* carve(char*& scratch, int64_t count) {
-  T* part = reinterpret_cast<T*>(scratch);
-  scratch += round_up(count * sizeof(T), 64);
-  return part;
-}
-inline int64_t carved_bytes(int64_t count, int64_t size) { return round_up(count * size, 64); }
 
 // How one call is cut up. A strip is a run of pooled rows of one image.
 template <typename T>
 struct ForwardPlan {
-  int64_t taps, vectors;     // of one group
-  bool in_registers;         // whole windows in one tile
-  bool padded;               // x is copied into a zero-padded strip first
-  int64_t rows, strips;      // pooled rows of a strip, strips of an image
-  int64_t conv_rows;         // convolution rows that a strip needs at most
-  int64_t in_rows, in_cols;  // of the padded strip
+  int64_t taps, vectors;                             // of one group
+  bool in_registers;                                 // whole windows in one tile
+  bool padded;                                       // x is copied into a zero-padded strip first
+  int64_t rows, strips;                              // pooled rows of a strip, strips of an image
+  int64_t conv_rows;                                 // convolution rows that a strip needs at most
+  int64_t in_rows, in_cols;                          // of the padded strip
   int64_t row_stride, pixel_stride, channel_stride;  // of what the taps read
 
   explicit ForwardPlan(const ConvPoolShape& s) {
@@ -73,9 +55,7 @@ struct ForwardPlan {
   }
   int64_t input_size(const ConvPoolShape& s) const { return padded ? s.channels * in_rows * in_cols : 0; }
   int64_t block_lanes() const { return kBlockVectors * kLanesOf<T>; }
-  int64_t map_size(const ConvPoolShape& s) const {
-    return in_registers ? 0 : tile_pixels(s) * block_lanes();
-  }
+  int64_t map_size(const ConvPoolShape& s) const { return in_registers ? 0 : tile_pixels(s) * block_lanes(); }
   int64_t out_size(const ConvPoolShape& s) const { return (rows * s.pooled.w + kPixels) * block_lanes(); }
 };
 
@@ -155,8 +135,8 @@ int64_t fill_pixels(const ConvPoolShape& s, const ForwardPlan<T>& plan, int64_t 
 
 // Copies input rows [first, first + rows) of one image into the strip, zeros where the padding is.
 template <typename T>
-void pad_input(const ConvPoolShape& s, const ForwardPlan<T>& plan, const T* image, int64_t first, int64_t rows,
-               T* strip) {
+void pad_input(const ConvPoolShape& s, const ForwardPlan<T>& plan, const T* image, int64_t first,
+               int64_t rows, T* strip) {
   const int64_t planes = s.channels_last ? 1 : s.channels, unit = plan.pixel_stride;
   const int64_t left = s.padding.w * unit, middle = s.input.w * unit;
   for (int64_t p = 0; p < planes; ++p) {
@@ -302,8 +282,8 @@ CNNRNN_INLINE void store_codes(uint8_t* out, Vec<T> v, int64_t n) {
 
 // Writes [windows, lanes] of y and codes to channels k0.. of one image, from pooled row `row` on.
 template <typename T>
-void write_block(const ConvPoolShape& s, const T* ys, const T* codes, int64_t lanes, int64_t channels, int64_t n,
-                 int64_t k0, int64_t row, int64_t windows, T* y, uint8_t* code) {
+void write_block(const ConvPoolShape& s, const T* ys, const T* codes, int64_t lanes, int64_t channels,
+                 int64_t n, int64_t k0, int64_t row, int64_t windows, T* y, uint8_t* code) {
   constexpr int L = kLanesOf<T>;
   if (s.channels_last) {
     const int64_t at = (n * s.windows() + row * s.pooled.w) * s.outputs + k0;
@@ -316,8 +296,9 @@ void write_block(const ConvPoolShape& s, const T* ys, const T* codes, int64_t la
     return;
   }
   const int64_t plane = s.windows(), at = (n * s.outputs + k0) * plane + row * s.pooled.w;
-  transpose(ys, windows, channels, lanes,
-            [&](int64_t k, int64_t w, Vec<T> v, int64_t count) { store_n(y + at + k * plane + w, v, count); });
+  transpose(ys, windows, channels, lanes, [&](int64_t k, int64_t w, Vec<T> v, int64_t count) {
+    store_n(y + at + k * plane + w, v, count);
+  });
   if (code)
     transpose(codes, windows, channels, lanes, [&](int64_t k, int64_t w, Vec<T> v, int64_t count) {
       store_codes<T>(code + at + k * plane + w, v, count);

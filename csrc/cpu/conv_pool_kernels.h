@@ -1,24 +1,36 @@
 // The kernel table of conv_pool for the instruction set that this is compiled for.
 #pragma once
 
-#include "conv_pool_backward.h"
 #include "conv_pool_forward.h"
+#include "conv_pool_grad_input.h"
+#include "conv_pool_grad_weight.h"
 #include "isa.h"
 
 namespace {
 
 template <typename T>
 constexpr cnnrnn::ConvPoolKernelsOf<T> conv_pool_kernels_of() {
-  return {forward_packed_size<T>, forward_pack<T>,         forward_units<T>,
-          forward_scratch_bytes<T>, forward<T>,            weight_partial_size<T>,
-          weight_units<T>,        weight_scratch_bytes<T>, weight_gradient<T>,
-          weight_reduce<T>,       input_packed_size<T>,    input_pack<T>,
-          input_units<T>,         input_scratch_bytes<T>,  input_gradient<T>};
+  return {forward_packed_size<T>,
+          forward_pack<T>,
+          forward_units<T>,
+          forward_scratch_bytes<T>,
+          forward<T>,
+          weight_partial_size<T>,
+          weight_units<T>,
+          weight_scratch_bytes<T>,
+          weight_gradient<T>,
+          weight_reduce<T>,
+          input_packed_size<T>,
+          input_pack<T>,
+          input_units<T>,
+          input_scratch_bytes<T>,
+          input_gradient<T>};
 }
 
 }  // namespace
 
 namespace cnnrnn {
 extern const ConvPoolKernels CNNRNN_TABLE(conv_pool);
-const ConvPoolKernels CNNRNN_TABLE(conv_pool) = {conv_pool_kernels_of<float>(), conv_pool_kernels_of<double>()};
+const ConvPoolKernels CNNRNN_TABLE(conv_pool) = {conv_pool_kernels_of<float>(),
+                                                 conv_pool_kernels_of<double>()};
 }  // namespace cnnrnn

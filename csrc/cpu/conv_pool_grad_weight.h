@@ -1,0 +1,212 @@
+// Gradients of conv_pool's weight and bias, by the sparse sum that conv_pool_footprint.h describes.
+#pragma once
+
+#include "conv_pool_footprint.h"
+#include "transpose.h"
+
+namespace {
+
+constexpr int64_t kTileBytes = 32768;     // of one slab of x: stays in L1
+constexpr int64_t kTileMaxWindows = 256;  // of the tiles whose lists exist at once
+constexpr int64_t kListedOutputs = 64;    // output channels whose lists exist at once
+
+// A tile is a rectangle of pooled outputs of one image, small enough that a slab of the x under it stays in
+// L1.
+template <typename T>
+struct WeightPlan {
+  Footprint<T> footprint;
+  int64_t rows, cols;        // pooled outputs of a tile
+  int64_t in_rows, in_cols;  // of x under it
+  int64_t down, across;      // tiles of an image
+  int64_t tile_size;         // numbers of a slab of x under a tile
+  int64_t batch;             // tiles whose lists exist at once
+  int64_t chunk;             // output channels whose lists exist at once
+
+  explicit WeightPlan(const ConvPoolShape& s) : footprint(s, false) {
+    const int64_t limit = kTileBytes / sizeof(T) / footprint.slab;
+    cols = smaller(s.pooled.w, 16);
+    while (cols > 1 && extent(cols, s.step.w, s.window.w, s.stride.w, s.kernel.w, s.dilation.w) *
+                               extent(1, s.step.h, s.window.h, s.stride.h, s.kernel.h, s.dilation.h) >
+                           limit / 2)
+      --cols;
+    across = ceil_div(s.pooled.w, cols);
+    cols = ceil_div(s.pooled.w, across);
+    in_cols = extent(cols, s.step.w, s.window.w, s.stride.w, s.kernel.w, s.dilation.w);
+    rows = 1;
+    while (rows < s.pooled.h && (rows + 1) * cols <= kTileMaxWindows &&
+           extent(rows + 1, s.step.h, s.window.h, s.stride.h, s.kernel.h, s.dilation.h) * in_cols <= limit)
+      ++rows;
+    down = ceil_div(s.pooled.h, rows);
+    rows = ceil_div(s.pooled.h, down);
+    in_rows = extent(rows, s.step.h, s.window.h, s.stride.h, s.kernel.h, s.dilation.h);
+    // The last row of a footprint may be read up to a whole vector beyond its end.
+    tile_size = round_up(in_rows * in_cols * footprint.slab + kLanesOf<T>, kLanesOf<T>);
+    const int64_t tile_windows = rows * cols;
+    batch = larger(1, smaller(kTileMaxWindows / tile_windows, kTileBytes / (tile_size * sizeof(T))));
+    chunk = smaller(s.group_outputs(), kListedOutputs);
+  }
+
+  int64_t list_capacity() const { return round_up(batch * rows * cols, 16); }
+  // Of one output channel: its footprint in every slab, then its bias.
+  int64_t partial_stride() const { return footprint.slabs * footprint.dense_size() + kLanesOf<T>; }
+};
+
+template <typename T>
+int64_t weight_partial_size(const ConvPoolShape& s) {
+  return s.outputs * WeightPlan<T>(s).partial_stride();
+}
+
+template <typename T>
+int64_t weight_units(const ConvPoolShape& s) {
+  const WeightPlan<T> plan(s);
+  return s.batch * plan.down * plan.across;
+}
+
+template <typename T>
+int64_t weight_scratch_bytes(const ConvPoolShape& s) {
+  const WeightPlan<T> plan(s);
+  const int64_t entries = plan.chunk * plan.list_capacity();
+  return carved_bytes(plan.batch * plan.tile_size * plan.footprint.slabs * s.groups, sizeof(T)) +
+         carved_bytes(entries, sizeof(T)) + carved_bytes(entries, sizeof(int32_t)) +
+         carved_bytes(plan.chunk, sizeof(int64_t)) + carved_bytes(256, sizeof(int32_t));
+}
+
+// Copies channels [c0, c0 + count) of a rectangle of an NCHW or NHWC image, which may reach into the padding,
+// to [rows][cols][slab].
+template <typename T>
+void pack_pixels(const ConvPoolShape& s, const T* image, int64_t c0, int64_t count, int64_t slab, int64_t y0,
+                 int64_t x0, int64_t rows, int64_t cols, T* out) {
+  const int64_t plane = s.input.h * s.input.w;
+  const int64_t left = smaller(larger(0, -x0), cols), right = larger(left, smaller(cols, s.input.w - x0));
+  for (int64_t r = 0; r < rows; ++r, out += cols * slab) {
+    const int64_t y = y0 + r;
+    const bool outside = y < 0 || y >= s.input.h;
+    if (outside || count < slab || left > 0 || right < cols)
+      __builtin_memset(out, 0, cols * slab * sizeof(T));
+    if (outside) continue;
+    T* at = out + left * slab;
+    if (s.channels_last) {
+      const T* from = image + (y * s.input.w + x0 + left) * s.channels + c0;
+      for (int64_t x = left; x < right; ++x, at += slab, from += s.channels)
+        __builtin_memcpy(at, from, count * sizeof(T));
+    } else {
+      const T* from = image + c0 * plane + y * s.input.w + x0 + left;
+      if (slab == 1)
+        __builtin_memcpy(at, from, (right - left) * sizeof(T));
+      else if (count < kLanesOf<T>)
+        for (int64_t c = 0; c < count; ++c)
+          for (int64_t x = 0; x < right - left; ++x) at[x * slab + c] = from[c * plane + x];
+      else
+        transpose(from, count, right - left, plane,
+                  [&](int64_t x, int64_t c, Vec<T> v, int64_t n) { store_n(at + x * slab + c, v, n); });
+    }
+  }
+}
+
+template <typename T>
+T sum(const T* values, int64_t n) {
+  Vec<T> total{};
+  for (int64_t i = 0; i < n; i += kLanesOf<T>) total += load_n(values + i, n - i);
+  T result = 0;
+  for (int lane = 0; lane < kLanesOf<T>; ++lane) result += total[lane];
+  return result;
+}
+
+template <typename T>
+void weight_gradient(const ConvPoolShape& s, const T* x, const T* grad_y, const uint8_t* code, T* partial,
+                     void* memory, int64_t begin, int64_t end) {
+  const WeightPlan<T> plan(s);
+  const Footprint<T>& footprint = plan.footprint;
+  char* scratch = static_cast<char*>(memory);
+  T* xs = carve<T>(scratch, plan.batch * plan.tile_size * footprint.slabs * s.groups);
+  T* values = carve<T>(scratch, plan.chunk * plan.list_capacity());
+  int32_t* offsets = carve<int32_t>(scratch, plan.chunk * plan.list_capacity());
+  int64_t* counts = carve<int64_t>(scratch, plan.chunk);
+  int32_t* delta = carve<int32_t>(scratch, 256);
+  fill_positions(s, footprint.slab, plan.in_cols, delta);
+  const int64_t window_stride = s.channels_last ? s.outputs : 1;
+  const int64_t output_stride = s.channels_last ? 1 : s.windows();
+  const int64_t slab_size = plan.batch * plan.tile_size;
+
+  for (int64_t unit = begin; unit < end; unit += plan.batch) {
+    const int64_t tiles = smaller(plan.batch, end - unit);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t place = (unit + tile) % (plan.down * plan.across),
+                    n = (unit + tile) / (plan.down * plan.across);
+      const int64_t py = place / plan.across * plan.rows, px = place % plan.across * plan.cols;
+      const T* image = x + n * s.channels * s.input.h * s.input.w;
+      for (int64_t g = 0; g < s.groups; ++g)
+        for (int64_t b = 0; b < footprint.slabs; ++b)
+          pack_pixels(s, image, g * s.group_channels() + b * footprint.slab,
+                      smaller(footprint.slab, s.group_channels() - b * footprint.slab), footprint.slab,
+                      (py * s.step.h - s.margin.h) * s.stride.h - s.padding.h,
+                      (px * s.step.w - s.margin.w) * s.stride.w - s.padding.w, plan.in_rows, plan.in_cols,
+                      xs + (g * footprint.slabs + b) * slab_size + tile * plan.tile_size);
+    }
+    for (int64_t k0 = 0; k0 < s.outputs; k0 += plan.chunk) {
+      // A chunk stays within one group: its outputs are a multiple of the chunk, or the chunk is cut short.
+      const int64_t g = k0 / s.group_outputs();
+      const int64_t outputs = smaller(plan.chunk, (g + 1) * s.group_outputs() - k0);
+      for (int64_t k = 0; k < outputs; ++k) {
+        T* value = values + k * plan.list_capacity();
+        int32_t* offset = offsets + k * plan.list_capacity();
+        int64_t live = 0;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t place = (unit + tile) % (plan.down * plan.across),
+                        n = (unit + tile) / (plan.down * plan.across);
+          const int64_t top = place / plan.across * plan.rows, left = place % plan.across * plan.cols;
+          const int64_t bottom = smaller(top + plan.rows, s.pooled.h),
+                        right = smaller(left + plan.cols, s.pooled.w);
+          const int64_t plane = n * s.outputs * s.windows() + (k0 + k) * output_stride;
+          for (int64_t py = top; py < bottom; ++py) {
+            int64_t at = plane + (py * s.pooled.w + left) * window_stride;
+            int32_t from = static_cast<int32_t>(tile * plan.tile_size + (py - top) * s.step.h * s.stride.h *
+                                                                            plan.in_cols * footprint.slab);
+            const int32_t step = static_cast<int32_t>(s.step.w * s.stride.w * footprint.slab);
+            for (int64_t px = left; px < right; ++px, at += window_stride, from += step) {
+              value[live] = grad_y[at];
+              offset[live] = from + delta[code[at]];
+              live += code[at] < s.positions();
+            }
+          }
+        }
+        counts[k] = live;
+        partial[(k0 + k) * plan.partial_stride() + footprint.slabs * footprint.dense_size()] +=
+            sum(value, live);
+      }
+      for (int64_t b = 0; b < footprint.slabs; ++b) {
+        const T* slab = xs + (g * footprint.slabs + b) * slab_size;
+        footprint.for_each_part(s, plan.in_cols, true, kMaxRows, [&](const Part<T>& part) {
+          for (int64_t k = 0; k < outputs; ++k)
+            part.run(slab, part.source_row, offsets + k * plan.list_capacity(),
+                     values + k * plan.list_capacity(), counts[k],
+                     partial + (k0 + k) * plan.partial_stride() + b * footprint.dense_size(),
+                     part.target_row);
+        });
+      }
+      k0 -= plan.chunk - outputs;
+    }
+  }
+}
+
+template <typename T>
+void weight_reduce(const ConvPoolShape& s, const T* partials, int64_t count, T* grad_weight, T* grad_bias) {
+  const WeightPlan<T> plan(s);
+  const Footprint<T>& footprint = plan.footprint;
+  const int64_t stride = weight_partial_size<T>(s);
+  for (int64_t k = 0; k < s.outputs; ++k) {
+    const T* own = partials + k * plan.partial_stride();
+    const auto total = [&](int64_t place) {
+      T result = own[place];
+      for (int64_t i = 1; i < count; ++i) result += own[i * stride + place];
+      return result;
+    };
+    if (grad_bias) grad_bias[k] = total(footprint.slabs * footprint.dense_size());
+    if (!grad_weight) continue;
+    for (int64_t c = 0; c < s.group_channels(); ++c)
+      for (int64_t ky = 0; ky < s.kernel.h; ++ky)
+        for (int64_t kx = 0; kx < s.kernel.w; ++kx) *grad_weight++ = total(footprint.place(s, c, ky, kx));
+  }
+}
+
+}  // namespace
