@@ -3,17 +3,18 @@
 import torch.nn.functional as F
 from torch import nn
 
-from cnnrnn_ext import functional
+from cnnrnn_ext import functional, reference
+from cnnrnn_ext._checks import check_choice, pool_arguments
 
 
 class _ConvPool:
     """What both dimensions share: the options of activation and pool beside torch's convolution module."""
 
     def _set_options(self, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision):
-        functional._check_choice("activation", activation, tuple(functional.reference.ACTIVATIONS))
-        functional._check_choice("precision", precision, functional.PRECISIONS)
+        check_choice("activation", activation, tuple(reference.ACTIVATIONS))
+        check_choice("precision", precision, functional.PRECISIONS)
         dims = len(self.kernel_size)
-        self.pool_size, self.pool_stride, self.pool_padding = functional._pool_arguments(
+        self.pool_size, self.pool_stride, self.pool_padding = pool_arguments(
             dims, pool, pool_size, pool_stride, pool_padding
         )
         self.activation, self.pool = activation, pool

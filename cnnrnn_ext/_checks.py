@@ -1,0 +1,158 @@
+"""Checks of user input: each raises torch's exception type with a message that names the argument."""
+
+import numbers
+
+import torch
+
+from cnnrnn_ext import reference
+from cnnrnn_ext.ops import conv_pool2d_sizes
+
+
+def check_tensor(name, value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+
+
+def check_same(name, tensor, of, other):
+    if tensor.dtype != other.dtype:
+        raise RuntimeError(f"{name}: expected dtype {other.dtype} as {of} has, got {tensor.dtype}")
+    if tensor.device != other.device:
+        raise RuntimeError(f"{name}: expected device {other.device} as {of} has, got {tensor.device}")
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def shape_of(tensor):
+    return list(tensor.shape)
+
+
+def integers(name, value, count, least):
+    """value as a tuple of ``count`` integers, each at least ``least``."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
+    if len(values) == 1:
+        values = values * count
+    if len(values) != count or not all(isinstance(v, numbers.Integral | torch.SymInt) for v in values):
+        raise TypeError(f"{name}: expected an integer or {count} integers, got {value!r}")
+    if any(isinstance(v, bool) for v in values):
+        raise TypeError(f"{name}: expected integers, got {value!r}")
+    if any(v < least for v in values):
+        raise RuntimeError(f"{name}: expected values >= {least}, got {value!r}")
+    return values
+
+
+def conv_arguments(dims, input, weight, bias, stride, padding, dilation, groups):
+    check_same("weight", weight, "input", input)
+    if bias is not None:
+        check_tensor("bias", bias)
+        check_same("bias", bias, "input", input)
+        if shape_of(bias) != [weight.shape[0]]:
+            raise RuntimeError(f"bias: expected shape [{weight.shape[0]}], got {shape_of(bias)}")
+    (groups,) = integers("groups", groups, 1, 1)
+    channels = input.shape[-dims - 1]
+    if channels != weight.shape[1] * groups:
+        raise RuntimeError(
+            f"input: expected {weight.shape[1] * groups} channels for weight {shape_of(weight)} with groups="
+            f"{groups}, got shape {shape_of(input)}"
+        )
+    if weight.shape[0] % groups:
+        raise RuntimeError(f"weight: {weight.shape[0]} output channels are not divisible by groups={groups}")
+    if 0 in weight.shape:
+        raise RuntimeError(f"weight: expected non-zero sizes, got shape {shape_of(weight)}")
+    if isinstance(padding, str):
+        check_choice("padding", padding, ("same", "valid"))
+    else:
+        padding = integers("padding", padding, dims, 0)
+    stride = integers("stride", stride, dims, 1)
+    if padding == "same" and any(s != 1 for s in stride):
+        raise RuntimeError(f"padding: 'same' needs stride 1, got stride={stride}")
+    return stride, padding, integers("dilation", dilation, dims, 1)
+
+
+def pool_arguments(dims, pool, pool_size, pool_stride, pool_padding):
+    check_choice("pool", pool, reference.POOLS)
+    size = integers("pool_size", pool_size, dims, 1)
+    stride = size if pool_stride is None else integers("pool_stride", pool_stride, dims, 1)
+    padding = integers("pool_padding", pool_padding, dims, 0)
+    if any(2 * p > s for p, s in zip(padding, size, strict=True)):
+        raise RuntimeError(f"pool_padding: expected at most half of pool_size {size}, got {padding}")
+    return size, stride, padding
+
+
+def explicit_padding(padding, weight, stride, dilation):
+    """(padding as numbers, None), or (both sides' mean, why not) where "same" pads the sides unequally."""
+    if padding == "valid":
+        return (0, 0), None
+    if padding != "same":
+        return padding, None
+    total = [dilation[d] * (weight.shape[d + 2] - 1) for d in (0, 1)]
+    uneven = "padding='same' of an even kernel pads unequally" if any(t % 2 for t in total) else None
+    return tuple((t + 1) // 2 for t in total), uneven
+
+
+def check_conv_pool_sizes(x, weight, stride, padding, dilation, pool, *pool_arguments):
+    conv, pooled = conv_pool2d_sizes(x, weight, stride, padding, dilation, *pool_arguments)
+    if any(size < 1 for size in conv):
+        raise RuntimeError(
+            f"input: the kernel {shape_of(weight)[2:]} (dilation {dilation}) is larger than the padded input "
+            f"of shape {shape_of(x)} with padding {padding}"
+        )
+    if pool != "none" and any(size < 1 for size in pooled):
+        raise RuntimeError(
+            f"pool_size: the window {pool_arguments[0]} is larger than the convolution's output of "
+            f"{list(conv)} pixels (input {shape_of(x)})"
+        )
+
+
+def check_lstm(
+    input, h_0, c_0, flat_weights, has_biases, num_layers, bidirectional, batch_first, proj_size, batch_sizes
+):
+    for name, tensor in (("input", input), ("h_0", h_0), ("c_0", c_0)):
+        check_tensor(name, tensor)
+    directions = 2 if bidirectional else 1
+    count = num_layers * directions * (2 + 2 * has_biases + (proj_size > 0))
+    if len(flat_weights) != count:
+        raise RuntimeError(
+            f"flat_weights: expected {count} tensors for num_layers={num_layers}, bidirectional="
+            f"{bidirectional}, has_biases={has_biases}, proj_size={proj_size}, got {len(flat_weights)}"
+        )
+    if input.dim() != (3 if batch_sizes is None else 2):
+        expected = "[T, N, I] (or [N, T, I])" if batch_sizes is None else "packed [sum(batch_sizes), I]"
+        raise RuntimeError(f"input: expected {expected}, got shape {shape_of(input)}")
+    if batch_sizes is not None and (batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu"):
+        raise RuntimeError("batch_sizes: expected int64 on the CPU")
+    hidden = flat_weights[0].shape[0] // 4
+    state = proj_size or hidden
+    batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if batch_first else 1]
+    for name, tensor, width in (("h_0", h_0, state), ("c_0", c_0, hidden)):
+        check_same(name, tensor, "input", input)
+        expected = [num_layers * directions, batch, width]
+        if shape_of(tensor) != expected:
+            raise RuntimeError(f"{name}: expected shape {expected}, got {shape_of(tensor)}")
+    for index, group in enumerate(reference.group_weights(flat_weights, has_biases, proj_size > 0)):
+        layer = index // directions
+        width = input.shape[-1] if layer == 0 else state * directions
+        suffix = f"_l{layer}" + ("_reverse" if index % directions else "")
+        check_gate_weights(input, group[:4], hidden, width, state, suffix)
+        if proj_size:
+            check_weight("weight_hr" + suffix, group[4], [state, hidden], input)
+
+
+def check_gate_weights(input, weights, hidden, width, state, suffix=""):
+    shapes = ([4 * hidden, width], [4 * hidden, state], [4 * hidden], [4 * hidden])
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    for name, weight, expected in zip(names, weights, shapes, strict=True):
+        if weight is not None:
+            check_weight(name + suffix, weight, expected, input)
+
+
+def check_weight(name, weight, expected, input):
+    check_tensor(name, weight)
+    if not torch.is_autocast_enabled(input.device.type):
+        check_same(name, weight, "input", input)
+    if shape_of(weight) != expected:
+        raise RuntimeError(
+            f"{name}: expected shape {expected}, got {shape_of(weight)} (input {shape_of(input)})"
+        )
