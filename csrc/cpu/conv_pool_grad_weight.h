@@ -9,6 +9,7 @@ namespace {
 constexpr int64_t kTileBytes = 32768;     // of one slab of x: stays in L1
 constexpr int64_t kTileMaxWindows = 256;  // of the tiles whose lists exist at once
 constexpr int64_t kListedOutputs = 64;    // output channels whose lists exist at once
+constexpr int64_t kTileColumns = 64;      // long runs of one plane of grad_y and code
 
 // A tile is a rectangle of pooled outputs of one image, small enough that a slab of the x under it stays in
 // L1.
@@ -24,7 +25,7 @@ struct WeightPlan {
 
   explicit WeightPlan(const ConvPoolShape& s) : footprint(s, false) {
     const int64_t limit = kTileBytes / sizeof(T) / footprint.slab;
-    cols = smaller(s.pooled.w, 16);
+    cols = smaller(s.pooled.w, kTileColumns);
     while (cols > 1 && extent(cols, s.step.w, s.window.w, s.stride.w, s.kernel.w, s.dilation.w) *
                                extent(1, s.step.h, s.window.h, s.stride.h, s.kernel.h, s.dilation.h) >
                            limit / 2)
