@@ -24,9 +24,9 @@ FUSED = "cnnrnn_ext"
 NCHW = "stock NCHW"
 CHANNELS_LAST = "stock channels_last"
 STOCK = (NCHW, CHANNELS_LAST)
-# Training magnifies rounding a millionfold while it leaves its first plateau, so two float32 runs coincide for
-# some dozens of steps only. How many is measured on stock itself: its two layouts compute the same function, and
-# as long as their losses agree to this much, so must ours.
+# Training magnifies rounding a millionfold while it leaves its first plateau, so two float32 runs coincide
+# for some dozens of steps only. How many is measured on stock itself: its two layouts compute the same
+# function, and as long as their losses agree to this much, so must ours.
 REPRODUCIBLE = 1e-3
 
 
@@ -111,8 +111,8 @@ def measure(recipe, plan, show_progress=True):
 def compare_losses(losses):
     """How far the loss curves are apart at most: FUSED from NCHW (ours), CHANNELS_LAST from NCHW (stock).
 
-    Returns {"steps": the steps over which stock agrees with itself to REPRODUCIBLE, "ours", "stock": over these,
-    "all_steps", "ours_all", "stock_all": over every step}.
+    Returns {"steps": the steps over which stock agrees with itself to REPRODUCIBLE, "ours", "stock": over
+    these, "all_steps", "ours_all", "stock_all": over every step}.
     """
     ours, stock = (difference(losses[name], losses[NCHW]) for name in (FUSED, CHANNELS_LAST))
     steps = next((step for step, apart in enumerate(stock) if apart > REPRODUCIBLE), len(stock))

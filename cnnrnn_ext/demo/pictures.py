@@ -151,7 +151,7 @@ def losses(path, compared):
             10,
             5.1,
             f"The loss curves {verb}: {_number(apart['ours'])} apart in {apart['steps']} steps",
-            f"{len(ours)} steps of the same network on the same batches, of cnnrnn_ext and of stock torch.nn.",
+            f"{len(ours)} steps of the same network on the same batches, of cnnrnn_ext and of torch.nn.",
         )
         left, bottom, top = 0.85, 1.35, 1.25
         axes = _area(figure, left, bottom, 5.45, top)
@@ -182,8 +182,9 @@ def losses(path, compared):
             figure,
             "Sums in another order round differently, and training magnifies that at each step until the "
             "runs go their own ways. Shaded: the steps in which stock's own two layouts still agree to "
-            f"{_number(REPRODUCIBLE)}. Over all {len(ours)} steps ours is at most {_number(apart['ours_all'])} "
-            f"from stock, and stock's layouts {_number(apart['stock_all'])} from each other.",
+            f"{_number(REPRODUCIBLE)}. Over all {len(ours)} steps ours is at most "
+            f"{_number(apart['ours_all'])} from stock, and stock's layouts {_number(apart['stock_all'])} from "
+            "each other.",
         )
         figure.savefig(path, dpi=DPI)
 
