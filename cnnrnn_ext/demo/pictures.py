@@ -183,7 +183,7 @@ def losses(path, compared):
             "Sums in another order round differently, and training magnifies that at each step until the "
             "runs go their own ways. Shaded: the steps in which stock's own two layouts still agree to "
             f"{_number(REPRODUCIBLE)}. Over all {len(ours)} steps ours is at most "
-            f"{_number(apart['ours_all'])} from stock, and stock's layouts {_number(apart['stock_all'])} from "
+            f"{_number(apart['ours_all'])} from stock, stock's layouts {_number(apart['stock_all'])} from "
             "each other.",
         )
         figure.savefig(path, dpi=DPI)
