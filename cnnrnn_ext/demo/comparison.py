@@ -24,6 +24,10 @@ FUSED = "cnnrnn_ext"
 NCHW = "stock NCHW"
 CHANNELS_LAST = "stock channels_last"
 STOCK = (NCHW, CHANNELS_LAST)
+# Training magnifies rounding a millionfold while it leaves its first plateau, so two float32 runs coincide
+# for some dozens of steps only. How many is measured on stock itself: its two layouts compute the same
+# function, and as long as their losses agree to this much, so must ours.
+REPRODUCIBLE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Plan:
     turn_s, warmup: see :func:`_timing.paired`.
     """
 
-    epochs: int = 3
+    epochs: int = 5
     rounds: int = 11
     attempts: int = 3
     turn_s: float = 0.15
@@ -68,9 +72,9 @@ def build_all(seed):
 def measure(recipe, plan, show_progress=True):
     """Trains the three networks on the same batches, then times a step of each in turns; see ``Returns``.
 
-    Returns a dict: losses {name: one a step}, loss_curve_max_abs_diff (FUSED against NCHW) and, to judge it
-    by, stock_max_abs_diff (the two stock layouts against each other), step_ms {name: median}, best_stock,
-    speedup {median, p25, p75} of FUSED over best_stock, control (NCHW over itself), valid, conditions.
+    Returns a dict: losses {name: one a step}; apart: :func:`compare_losses`; step_ms {name: median};
+    best_stock; speedup {median, p25, p75} of FUSED over best_stock; control (NCHW over itself); valid;
+    conditions.
     """
     from tqdm import tqdm
 
@@ -94,9 +98,7 @@ def measure(recipe, plan, show_progress=True):
     best_stock = min(STOCK, key=step_ms.get)
     return {
         "losses": losses,
-        "steps": steps,
-        "loss_curve_max_abs_diff": max_abs_diff(losses[FUSED], losses[NCHW]),
-        "stock_max_abs_diff": max_abs_diff(losses[CHANNELS_LAST], losses[NCHW]),
+        "apart": compare_losses(losses),
         "step_ms": step_ms,
         "best_stock": best_stock,
         "speedup": asdict(timings.ratio(best_stock, FUSED)),
@@ -106,8 +108,27 @@ def measure(recipe, plan, show_progress=True):
     }
 
 
-def max_abs_diff(left, right):
-    return max(abs(a - b) for a, b in zip(left, right, strict=True))
+def compare_losses(losses):
+    """How far the loss curves are apart at most: FUSED from NCHW (ours), CHANNELS_LAST from NCHW (stock).
+
+    Returns {"steps": the steps over which stock agrees with itself to REPRODUCIBLE, "ours", "stock": over
+    these, "all_steps", "ours_all", "stock_all": over every step}.
+    """
+    ours, stock = (difference(losses[name], losses[NCHW]) for name in (FUSED, CHANNELS_LAST))
+    steps = next((step for step, apart in enumerate(stock) if apart > REPRODUCIBLE), len(stock))
+    return {
+        "steps": steps,
+        "ours": max(ours[:steps], default=0.0),
+        "stock": max(stock[:steps], default=0.0),
+        "all_steps": len(ours),
+        "ours_all": max(ours),
+        "stock_all": max(stock),
+    }
+
+
+def difference(left, right):
+    """|left − right| at each step."""
+    return [abs(a - b) for a, b in zip(left, right, strict=True)]
 
 
 def time_steps(models, optimizers, clips, plan):
@@ -132,7 +153,8 @@ def conditions(recipe, model, clips):
     """What the figures depend on, in words."""
     with trace() as log:
         training.train_step(model, training.optimizer_for(model, recipe), clips)
-    tuned = all(os.environ.get(name) == value for name, value in _timing.tuned_allocator_env().items())
+    wanted = _timing.tuned_allocator_env().items()
+    tuned = platform.libc_ver()[0] == "glibc" and all(os.environ.get(key) == value for key, value in wanted)
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),

@@ -36,7 +36,7 @@ class Recipe:
     epochs: int = 30
     batch: int = 32
     rate: float = 2e-3  # Adam's, at its peak
-    warmup: float = 0.1  # part of the steps in which the rate rises from 0; then it falls as a cosine
+    warmup: float = 0.05  # part of the steps in which the rate rises from 0; then it falls as a cosine
     validate_every: int = 5  # epochs
     scans: int | None = None  # in training, and a quarter of it in validation and test; None for all
 
@@ -219,10 +219,13 @@ def load(path):
     try:
         if not zipfile.is_zipfile(path):
             raise refuse("damaged, or not a checkpoint of this demo")
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            if archive.testzip() is not None:
+                raise refuse("damaged checkpoint: a checksum does not fit")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise refuse(f"cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
         raise refuse(f"damaged checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise refuse("not a checkpoint of this demo, or of another version of it")

@@ -1,0 +1,403 @@
+"""The demo: its data keep what they promise, a stopped run goes on as if it had not, bad files do no harm."""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from cnnrnn_ext.demo import DemoError, cli, comparison, digits, training
+from cnnrnn_ext.models.cnnrnn import stock_conv_pool
+
+TINY = training.Recipe(epochs=2, batch=8, scans=40, validate_every=1)
+
+
+def run(*options):
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return cli.run(parser.parse_args([str(option) for option in options]))
+
+
+# ---- data ----
+
+
+@pytest.fixture(scope="module")
+def scans():
+    return digits.load_scans(seed=0)
+
+
+def test_split_is_by_scan_and_complete(scans):
+    rows = [set(part.index.tolist()) for part in scans.values()]
+    assert sum(map(len, rows)) == len(set().union(*rows)) == 1797
+    pictures = [{image.numpy().tobytes() for image in part.images} for part in scans.values()]
+    assert sum(map(len, pictures)) == len(set().union(*pictures)) == 1797  # no scan is there twice either
+    everywhere = torch.bincount(torch.cat([part.digit for part in scans.values()]), minlength=10)
+    for name, share in digits.SPLITS.items():
+        counts = torch.bincount(scans[name].digit, minlength=10)
+        assert ((counts - share * everywhere).abs() <= 1).all()
+
+
+def test_scans_are_scikit_learns_in_each_split(scans):
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    for part in scans.values():
+        assert torch.equal(part.images * 16, torch.from_numpy(source.images).float()[part.index])
+        assert torch.equal(part.digit, torch.from_numpy(source.target)[part.index])
+
+
+def test_an_epoch_shows_each_scan_at_most_once(scans):
+    count = len(scans["train"])
+    orders = [digits.epoch_order(count, 0, epoch) for epoch in range(2)]
+    assert sorted(orders[0].tolist()) == list(range(count))
+    assert not torch.equal(*orders)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(scans):
+    first = digits.training_batch(scans["train"], 8, 0, 5)
+    torch.rand(100)
+    digits.training_batch(scans["train"], 8, 0, 4)
+    again = digits.training_batch(scans["train"], 8, 0, 5)
+    assert torch.equal(first.frames, again.frames)
+    assert torch.equal(first.direction, again.direction)
+    for other in (
+        digits.training_batch(scans["train"], 8, 0, 6),
+        digits.training_batch(scans["train"], 8, 1, 5),
+    ):
+        assert not torch.equal(first.frames, other.frames)
+
+
+def test_evaluation_shows_every_scan_in_every_direction(scans):
+    clips = digits.evaluation_clips(scans["test"], seed=0)
+    pairs = clips.direction + 4 * torch.arange(len(scans["test"])).repeat_interleave(4)
+    assert sorted(pairs.tolist()) == list(range(4 * len(scans["test"])))
+    assert torch.equal(clips.digit, scans["test"].digit.repeat_interleave(4))
+
+
+@pytest.mark.parametrize("direction", digits.DIRECTIONS)
+def test_frames_move_where_the_label_says(scans, direction):
+    clips = digits.evaluation_clips(scans["validation"], seed=0)
+    frames = clips.frames[clips.direction == digits.DIRECTIONS.index(direction), :, 0]
+    pixel_ahead = {
+        "right": (frames[:, :-1, :, :-1], frames[:, 1:, :, 1:]),
+        "left": (frames[:, :-1, :, 1:], frames[:, 1:, :, :-1]),
+        "down": (frames[:, :-1, :-1], frames[:, 1:, 1:]),
+        "up": (frames[:, :-1, 1:], frames[:, 1:, :-1]),
+    }
+    moved = {name: (a == b).all(-1).all(-1).sum().item() for name, (a, b) in pixel_ahead.items()}
+    # Half of the clips move by a whole pixel a frame, and jump back in few of their frames.
+    assert moved.pop(direction) > 0.3 * frames.shape[0] * (digits.FRAMES - 1)
+    assert set(moved.values()) == {0}
+
+
+def test_a_clip_shows_its_scan_upright(scans):
+    part = scans["validation"]
+    clips = digits.evaluation_clips(part, seed=0)
+    whole = ((clips.position >= 0) & (clips.position <= 2 * digits.FRAME_SIZE - digits.DIGIT)).all(-1)
+    whole &= (clips.position % 2 == 0).all(-1)
+    side, upright, mirrored = digits.DIGIT // 2, [], []
+    for clip in range(0, len(clips), 3):
+        for frame in whole[clip].nonzero()[:1].flatten().tolist():
+            y, x = (clips.position[clip, frame] // 2).tolist()
+            seen = clips.frames[clip, frame, :, y : y + side, x : x + side]
+            small = nn.functional.interpolate(seen[None], size=(8, 8), mode="area")[0, 0]
+            for view, found in ((small, upright), (small.flip(1), mirrored)):
+                pair = torch.stack([view.flatten(), part.images[clip // 4].flatten()])
+                found.append(torch.corrcoef(pair)[0, 1].item())
+    assert len(upright) > 50
+    assert min(upright) > 0.9
+    assert max(mirrored) < 0.99
+    assert sum(mirrored) / len(mirrored) < 0.8
+
+
+def centres(frames):
+    """Centres of mass [N, 2] of frames [N, 28, 28]."""
+    place = torch.arange(frames.shape[-1], dtype=frames.dtype)
+    mass = frames.sum((1, 2))
+    return torch.stack([(frames.sum(2) * place).sum(1) / mass, (frames.sum(1) * place).sum(1) / mass], 1)
+
+
+def guess_direction(features, direction):
+    """Accuracy of a decision tree, trained on the first half, on the second half."""
+    from sklearn.tree import DecisionTreeClassifier
+
+    half = len(features) // 2
+    tree = DecisionTreeClassifier(max_depth=6, random_state=0).fit(features[:half], direction[:half])
+    return tree.score(features[half:], direction[half:])
+
+
+def test_no_single_frame_tells_the_direction(scans):
+    part = scans["train"]
+    random = digits.generator(0, digits.BATCH)
+    rows = torch.randint(len(part), (2400,), generator=random)
+    clips = digits.make_clips(part, rows, torch.randint(4, (2400,), generator=random), random, distort=True)
+    chance = 4 * math.sqrt(0.25 * 0.75 / 1200)  # four standard deviations of guessing
+    picks = torch.randint(digits.FRAMES, (2400,), generator=random)
+    single = {t: clips.frames[:, t, 0] for t in (0, 5, 10, 15)}
+    single["any"] = clips.frames[torch.arange(2400), picks, 0]
+    for name, frames in single.items():
+        assert abs(guess_direction(centres(frames), clips.direction) - 0.25) < chance, name
+    two = centres(clips.frames[:, 9, 0]) - centres(clips.frames[:, 8, 0])
+    assert guess_direction(two, clips.direction) > 0.85  # the same guesser sees it in two frames
+
+
+# ---- training ----
+
+
+def interrupt_at(monkeypatch, step, requested):
+    """Ctrl-C while step ``step`` is under way; ``requested`` collects the steps whose batch was asked for."""
+    original = digits.training_batch
+
+    def batch(scans, size, seed, number):
+        requested.append(number)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(scans, size, seed, number)
+
+    monkeypatch.setattr(digits, "training_batch", batch)
+
+
+def fit(recipe, checkpoint, state=None):
+    model = training.build(recipe.seed) if state is None else state[0]
+    optimizer = training.optimizer_for(model, recipe) if state is None else state[1]
+    progress = training.Progress() if state is None else state[2]
+    done = training.fit(recipe, training.load_scans(recipe), model, optimizer, progress, checkpoint, False)
+    return done, model, progress
+
+
+def test_a_stopped_run_continues_bit_by_bit(tmp_path, monkeypatch, capsys):
+    _, whole, expected = fit(TINY, tmp_path / "whole.pt")
+    assert expected.step == 10
+    assert expected.losses[0] != expected.losses[1]
+
+    monkeypatch.setattr(cli, "_recipe", lambda arguments: TINY)
+    requested = []
+    interrupt_at(monkeypatch, 3, requested)
+    handler = signal.getsignal(signal.SIGINT)
+    assert run("--output", tmp_path) == cli.STOPPED
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "after step 4" in capsys.readouterr().err
+
+    recipe, *state = training.load(tmp_path / "checkpoint.pt")
+    assert (recipe, state[2].step) == (TINY, 4)
+    done, model, progress = fit(recipe, tmp_path / "checkpoint.pt", state)
+    assert done
+    assert requested == list(range(10))
+    assert progress.losses == expected.losses
+    assert progress.validation == expected.validation
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_learning_rate_rises_and_falls_to_zero():
+    rates = [TINY.rate_at(step, 100) for step in range(101)]
+    assert max(rates) == rates[5] == TINY.rate
+    assert rates[:6] == sorted(rates[:6])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[0] > 0
+    assert rates[100] == pytest.approx(0)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    model = training.build(0)
+    optimizer = training.optimizer_for(model, TINY)
+    training.save(path, TINY, model, optimizer, training.Progress(step=3))
+
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        training.save(path, TINY, model, optimizer, training.Progress(step=4))
+    assert training.load(path)[3].step == 3
+
+
+# ---- checkpoints that are none ----
+
+
+def other_shapes(path):
+    model = nn.Linear(2, 2)
+    training.save(path, TINY, model, training.optimizer_for(model, TINY), training.Progress())
+
+
+def damaged(path):
+    model = training.build(0)
+    training.save(path, TINY, model, training.optimizer_for(model, TINY), training.Progress())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def truncated(path):
+    damaged(path)
+    path.write_bytes(path.read_bytes()[:100_000])
+
+
+def other_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("letter.txt", "dear reader")
+
+
+BAD = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("These are my holiday notes.\n"),
+    "pickle": lambda path: path.write_bytes(pickle.dumps({"format": training.FORMAT})),
+    "other zip": other_zip,
+    "other torch file": lambda path: torch.save({"weight": torch.zeros(3)}, path),
+    "a function": lambda path: torch.save({"format": training.FORMAT, "recipe": os.system}, path),
+    "lacks parts": lambda path: torch.save({"format": training.FORMAT}, path),
+    "other shapes": other_shapes,
+    "damaged": damaged,
+    "truncated": truncated,
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_checkpoint_is_named_and_left_alone(tmp_path, capsys, kind):
+    path = tmp_path / "checkpoint.pt"
+    BAD[kind](path)
+    before = path.read_bytes()
+    for options in ((), ("--resume",)):
+        assert run("--output", tmp_path, *options) == 1
+        assert str(path) in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_to_resume(tmp_path, capsys):
+    assert run("--output", tmp_path, "--resume") == 1
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_output_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    assert run("--output", tmp_path / "taken") == 1
+    assert str(tmp_path / "taken") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [("--epochs", 0), ("--seed", -1), ("--threads", "two"), ("--resume", "--fresh")]
+)
+def test_bad_options(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*options)
+    assert stop.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cli.NEEDED, "no_such_module_here", "the-package")
+    assert run("--output", tmp_path / "new") == 1
+    assert "the-package" in (message := capsys.readouterr().err)
+    assert "pip install cnnrnn_ext[demo]" in message
+    assert not (tmp_path / "new").exists()
+
+
+# ---- the whole ----
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    assert run("--quick", "--output", output) == 0
+    return output
+
+
+def test_quick_run_writes_metrics(quick):
+    metrics = json.loads((quick / "metrics.json").read_text())
+    assert metrics["train_steps"] == 4
+    assert metrics["train_seconds"] > 0
+    assert metrics["step_ms_fused"] > 0
+    assert metrics["step_ms_stock"] == min(v for k, v in metrics["step_ms"].items() if k in comparison.STOCK)
+    assert 0 < metrics["control"]["p25"] <= metrics["control"]["median"] <= metrics["control"]["p75"]
+    assert metrics["loss_curve_max_abs_diff"] < 1e-4
+    assert metrics["loss_curve_steps"] == 2
+    glibc = platform.libc_ver()[0] == "glibc"
+    assert metrics["conditions"]["allocator"] == ("glibc, tuned" if glibc else "default")
+    assert {kernel.partition(":")[0] for kernel in metrics["conditions"]["kernels"]} == {
+        "conv_pool2d",
+        "lstm",
+    }
+
+
+def test_quick_run_measures_what_a_stock_network_measures(quick):
+    """The accuracies, once more from the checkpoint's weights in stock modules."""
+    metrics = json.loads((quick / "metrics.json").read_text())
+    recipe, model, _, progress = training.load(quick / "checkpoint.pt")
+    stock = training.build(recipe.seed, conv_pool=stock_conv_pool, rnn=nn.LSTM)
+    stock.load_state_dict(model.state_dict())
+    test = digits.evaluation_clips(training.load_scans(recipe)["test"], recipe.seed)
+    with torch.no_grad():
+        logits = stock(test.frames)
+    for head, label in test.labels().items():
+        right = (logits[head].argmax(1) == label).double().mean().item()
+        assert metrics[f"test_accuracy_{head}"] == pytest.approx(right)
+    losses = json.loads((quick / "comparison.json").read_text())["losses"]
+    assert losses[comparison.FUSED] == pytest.approx(
+        progress.losses[:2], abs=1e-5
+    )  # the training's own start
+
+
+@pytest.mark.parametrize("name", ["clips.png", "losses.png", "step_times.png"])
+def test_quick_run_draws(quick, name):
+    from matplotlib.image import imread
+
+    picture = imread(quick / name)
+    assert min(picture.shape[:2]) > 400
+    assert picture[..., :3].std() > 0.05
+
+
+def test_another_recipe_does_not_replace_an_unfinished_run(tmp_path, capsys):
+    model = training.build(0)
+    training.save(
+        tmp_path / "checkpoint.pt", TINY, model, training.optimizer_for(model, TINY), training.Progress()
+    )
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert run("--output", tmp_path, "--epochs", 3) == 1
+    assert "epochs" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_comparison_builds_equal_networks(scans):
+    models = comparison.build_all(seed=3)
+    clips = digits.training_batch(scans["train"], 4, 0, 0)
+    with torch.no_grad():
+        logits = {name: model(clips.frames) for name, model in models.items()}
+    for name in comparison.STOCK:
+        for head in digits.HEADS:
+            torch.testing.assert_close(logits[name][head], logits[comparison.FUSED][head])
+    frames = clips.frames.flatten(0, 1)
+    assert models[comparison.CHANNELS_LAST].cnn[0](frames).is_contiguous(memory_format=torch.channels_last)
+    assert models[comparison.NCHW].cnn[0](frames).is_contiguous()
+
+
+def test_losses_are_compared_while_stock_agrees_with_itself():
+    stock = [3.0, 2.0, 1.0, 0.5]
+    losses = {
+        comparison.NCHW: stock,
+        comparison.CHANNELS_LAST: [3.0, 2.0005, 1.1, 0.5],
+        comparison.FUSED: [3.0, 1.75, 1.0, 1.0],
+    }
+    apart = comparison.compare_losses(losses)
+    assert (apart["steps"], apart["ours"], apart["stock"]) == (2, 0.25, pytest.approx(0.0005))
+    assert (apart["all_steps"], apart["ours_all"], apart["stock_all"]) == (4, 0.5, pytest.approx(0.1))
+
+
+def test_a_failed_comparison_is_reported(tmp_path):
+    with pytest.raises(DemoError, match="exit status"):
+        comparison.measure_in_fresh_process(
+            TINY, comparison.Plan(), tmp_path / "no" / "place", 0, "auto", False
+        )
