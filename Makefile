@@ -56,7 +56,7 @@ cuda: $(INSTALLED) ## compile the CUDA library (needs nvcc; no GPU, no CUDA torc
 	CNNRNN_CUDA=1 CNNRNN_REQUIRE_EXT=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python cuda/resources.py $(ARGS)
 
-abi-check: $(INSTALLED) ## the library built here, under another torch; ARGS="--torch 2.12.0"
+abi-check: $(INSTALLED) ## the library built here, under another torch; ARGS="--torch torch==2.12.0"
 	$(BIN)/python tests/abi_check.py $(ARGS)
 
 clean: ## remove what was built; .venv and out stay

@@ -22,7 +22,6 @@ echo "$@" >> "$(dirname "$0")/$(basename "$0").log"
 while [ $# -gt 0 ]; do
   case "$1" in
     --version) echo "fake compiler 1.0" ;;
-    --dryrun) echo '#$ TOP='"$(dirname "$0")/.." >&2 ;;
     -o) echo > "$2"; output=$2 ;;
     -MF) depfile=$2 ;;
   esac
@@ -75,7 +74,7 @@ def commands(checkout, compiler="fake-g++"):
     """{source file: its compile command} of a fake compiler's log."""
     log = checkout.parent / "bin" / f"{compiler}.log"
     lines = log.read_text().splitlines() if log.exists() else []
-    compiled = [line for line in lines if " -c " in line and "--dryrun" not in line]
+    compiled = [line for line in lines if " -c " in line]
     return {Path(line.split(" -c ")[1].split(" -o ")[0]).name: line for line in compiled}
 
 
