@@ -3,7 +3,7 @@
 #include "cpu/capability.h"
 #include "cpu/rnn.h"
 #include "rnn_lstm_backward.h"
-#include "rnn_lstm_run.h"
+#include "rnn_lstm_forward.h"
 #include "tensor.h"
 
 namespace cnnrnn {
@@ -134,7 +134,8 @@ void forward(const Operands& o, const Tensor& output, const Tensor* h_n, const T
     using T = decltype(element);
     const LstmOutputs<T> out = {mutable_data<T>(output), h_n ? mutable_data<T>(*h_n) : nullptr,
                                 mutable_data<T>(c_n), reserve ? mutable_data<T>(*reserve) : nullptr};
-    lstm_forward_run(lstm_kernels<T>(), o.problem<T>(), out);
+    const LstmProblem<T> problem = o.problem<T>();
+    LstmForward<T>(lstm_kernels<T>(), problem, out).run();
   });
 }
 

@@ -20,9 +20,11 @@ struct LstmForwardStep {
   const T* w;  // packed [ceil(hidden / lanes)][input][4][lanes]
   const T* h;  // [rows, hidden]: the state before
   int64_t h_stride;
-  const T* r;     // packed [ceil(hidden / lanes)][hidden][4][lanes]
-  const T* bias;  // [ceil(hidden / lanes)][4][lanes], or null
-  const T* c;     // [rows, hidden]: the state before
+  const T* r;        // packed [ceil(hidden / lanes)][hidden][4][lanes]
+  const T* bias;     // [ceil(hidden / lanes)][4][lanes], or null
+  const T* bias_ih;  // [4, hidden], or null: for forward_direct in place of `bias`
+  const T* bias_hh;
+  const T* c;  // [rows, hidden]: the state before
   int64_t c_stride;
   T* gates;  // [rows, 4, hidden]; null where neither is needed
   int64_t gates_stride;
@@ -81,6 +83,9 @@ struct LstmKernels {
   // gates [rows, 4, hidden] = x * W, tasks of LstmForwardStep.
   void (*project)(const LstmForwardStep<T>& step, int64_t first, int64_t last);
   void (*forward)(const LstmForwardStep<T>& step, int64_t first, int64_t last);
+  // The same from weights as they come, w [4, hidden, input] and r [4, hidden, hidden]: for so few rows that
+  // packing would take longer. Tasks are panels, each with all rows.
+  void (*forward_direct)(const LstmForwardStep<T>& step, int64_t first, int64_t last);
   void (*backward)(const LstmBackwardStep<T>& step, int64_t first, int64_t last);
   // b packed beforehand, a contiguous by row. Tasks: panels x tiles of rows.
   void (*multiply)(const Product<T>& product, int64_t first, int64_t last);

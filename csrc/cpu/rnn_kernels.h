@@ -18,6 +18,7 @@ constexpr cnnrnn::LstmKernels<T> lstm_kernels() {
           pack_bias<T>,
           lstm_project<T>,
           lstm_forward_step<T>,
+          lstm_forward_direct<T>,
           lstm_backward_step<T>,
           multiply_packed<T>,
           multiply_unpacked<T>,

@@ -32,6 +32,23 @@ struct ProjectTile {
   }
 };
 
+// From pre-activations to the new state, for n units of one row.
+template <typename T>
+CNNRNN_INLINE void finish_units(const LstmForwardStep<T>& s, int64_t row, int64_t unit, int64_t n,
+                                const LstmGates<Vec<T>>& a) {
+  const LstmGates<Vec<T>> y = lstm_activate<VectorMath>(a);
+  const LstmState<Vec<T>> state = lstm_update<VectorMath>(y, load_n(s.c + row * s.c_stride + unit, n));
+  if (s.keep_gates) {
+    T* gates = s.gates + row * s.gates_stride + unit;
+    store_n(gates, y.i, n);
+    store_n(gates + s.hidden, y.f, n);
+    store_n(gates + 2 * s.hidden, y.g, n);
+    store_n(gates + 3 * s.hidden, y.o, n);
+  }
+  store_n(s.c_out + row * s.c_out_stride + unit, state.c, n);
+  store_n(s.h_out + row * s.h_out_stride + unit, state.h, n);
+}
+
 template <typename T>
 struct ForwardTile {
   const LstmForwardStep<T>& s;
@@ -56,23 +73,12 @@ struct ForwardTile {
     add_product<T, Rows>(acc, s.h + row * s.h_stride, s.h_stride, s.r + panel * s.hidden * kPanel<T>,
                          s.hidden);
     for (int r = 0; r < Rows; ++r) {
-      T* gates = s.gates + (row + r) * s.gates_stride + unit;
       if (!s.x)
-        for (int g = 0; g < 4; ++g) acc[r][g] += load_n(gates + g * s.hidden, n);
+        for (int g = 0; g < 4; ++g)
+          acc[r][g] += load_n(s.gates + (row + r) * s.gates_stride + g * s.hidden + unit, n);
       if (s.bias)
         for (int g = 0; g < 4; ++g) acc[r][g] += loadu(s.bias + panel * kPanel<T> + g * L);
-      const LstmGates<Vec<T>> y =
-          lstm_activate<VectorMath, Vec<T>>({acc[r][0], acc[r][1], acc[r][2], acc[r][3]});
-      const LstmState<Vec<T>> state =
-          lstm_update<VectorMath>(y, load_n(s.c + (row + r) * s.c_stride + unit, n));
-      if (s.keep_gates) {
-        store_n(gates, y.i, n);
-        store_n(gates + s.hidden, y.f, n);
-        store_n(gates + 2 * s.hidden, y.g, n);
-        store_n(gates + 3 * s.hidden, y.o, n);
-      }
-      store_n(s.c_out + (row + r) * s.c_out_stride + unit, state.c, n);
-      store_n(s.h_out + (row + r) * s.h_out_stride + unit, state.h, n);
+      finish_units<T>(s, row + r, unit, n, {acc[r][0], acc[r][1], acc[r][2], acc[r][3]});
     }
   }
 };
@@ -142,6 +148,50 @@ void lstm_project(const LstmForwardStep<T>& step, int64_t first, int64_t last) {
 template <typename T>
 void lstm_forward_step(const LstmForwardStep<T>& step, int64_t first, int64_t last) {
   run_tasks<ForwardTile, T>(step, first, last);
+}
+
+// sums[l] += w[l] * x over `depth`, the products of each lane apart. Rows of w past the n-th repeat it.
+template <typename T>
+CNNRNN_INLINE void add_dots(Vec<T> (&sums)[kLanesOf<T>], const T* w, int64_t n, const T* x, int64_t depth) {
+  constexpr int L = kLanesOf<T>;
+  const T* rows[L];
+  for (int l = 0; l < L; ++l) rows[l] = w + (l < n ? l : n - 1) * depth;
+  int64_t k = 0;
+  for (; k + L <= depth; k += L) {
+    const Vec<T> v = loadu(x + k);
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) sums[l] += v * loadu(rows[l] + k);
+  }
+  if (k == depth) return;
+  const Vec<T> v = load_n(x + k, depth - k);
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) sums[l] += v * load_n(rows[l] + k, depth - k);
+}
+
+template <typename T>
+void lstm_forward_direct(const LstmForwardStep<T>& s, int64_t first, int64_t last) {
+  constexpr int L = kLanesOf<T>;
+  constexpr int kRows = 4;  // a panel's weights of one gate stay in cache for this many rows
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t unit = panel * L, n = valid(s.hidden, unit, L);
+    for (int64_t row = 0; row < s.rows; row += kRows) {
+      const int64_t rows = s.rows - row < kRows ? s.rows - row : kRows;
+      Vec<T> a[kRows][4];
+      for (int g = 0; g < 4; ++g) {
+        const int64_t at = g * s.hidden + unit;
+        Vec<T> bias{};
+        if (s.bias_ih) bias = load_n(s.bias_ih + at, n) + load_n(s.bias_hh + at, n);
+        for (int64_t r = 0; r < rows; ++r) {
+          Vec<T> sums[L] = {};
+          add_dots(sums, s.w + at * s.input, n, s.x + (row + r) * s.x_stride, s.input);
+          add_dots(sums, s.r + at * s.hidden, n, s.h + (row + r) * s.h_stride, s.hidden);
+          a[r][g] = sum_each<T>(sums) + bias;
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        finish_units<T>(s, row + r, unit, n, {a[r][0], a[r][1], a[r][2], a[r][3]});
+    }
+  }
 }
 
 template <typename T>

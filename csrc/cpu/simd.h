@@ -144,4 +144,17 @@ CNNRNN_INLINE void transpose(Vec<T> (&rows)[kLanesOf<T>]) {
   }
 }
 
+// Lane i of the result is the sum of rows[i].
+template <typename T>
+CNNRNN_INLINE Vec<T> sum_each(Vec<T> (&rows)[kLanesOf<T>]) {
+#pragma GCC unroll 4
+  for (int count = kLanesOf<T> / 2; count >= 1; count /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i)
+      rows[i] = interleave<T, 0>(rows[i], rows[i + count]) +
+                interleave<T, kLanesOf<T> / 2>(rows[i], rows[i + count]);
+  }
+  return rows[0];
+}
+
 }  // namespace
