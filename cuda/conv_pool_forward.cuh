@@ -102,14 +102,14 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 4)
       const A* corner = inputs + (c * Tile::kInRows + 2 * row) * Tile::kRowStride + 4 * pair;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const auto left = *reinterpret_cast<const Pack<A, 4>*>(corner + i * Tile::kRowStride);
-        const auto right = *reinterpret_cast<const Pack<A, 2>*>(corner + i * Tile::kRowStride + 4);
+        const auto left = *pack_at<const Pack<A, 4>>(corner + i * Tile::kRowStride);
+        const auto right = *pack_at<const Pack<A, 2>>(corner + i * Tile::kRowStride + 4);
 #pragma unroll
         for (int j = 0; j < 6; ++j) in[i][j] = j < 4 ? left.v[j % 4] : right.v[j % 2];
       }
 #pragma unroll
       for (int tap = 0; tap < 9; ++tap) {
-        const auto w = *reinterpret_cast<const Pack<A, kOut>*>(weights + (c * 9 + tap) * kOut);
+        const auto w = *pack_at<const Pack<A, kOut>>(weights + (c * 9 + tap) * kOut);
 #pragma unroll
         for (int k = 0; k < kOut; ++k)
 #pragma unroll

@@ -70,6 +70,15 @@ __device__ __forceinline__ void store_reserve(const LstmGates<A>& gates, A c, vo
   static_cast<T*>(reserve)[index + 4 * int64_t(hidden)] = narrow_to<T>(c);
 }
 
+// The cell state before a step of the forward pass.
+template <typename A, typename T>
+__device__ __forceinline__ A cell_before(const LstmBackward& p, int step, int direction, int row, int unit) {
+  const LstmShape& s = p.shape;
+  if (step == 0) return load_or_zero<A, T>(p.c_0, state_at(s, direction, row, unit));
+  const int64_t at = reserve_at(s, direction, time_of(s, step - 1, direction), row, unit);
+  return load_or_zero<A, T>(p.reserve, at + 4 * int64_t(s.hidden));
+}
+
 struct WeightPointers {
   const void* direction[2];
 };

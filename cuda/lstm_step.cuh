@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kStepThreads, 2) lstm_step_forward(LstmForward
   constexpr int kTileRows = tile.kTileRows;
   const LstmShape s = p.shape;
   const int hidden = s.hidden, direction = tile.direction, time = time_of(s, step, direction);
-  auto* partial = shared_memory<Gates4>();                                        // [part][row][unit]
-  auto* h = reinterpret_cast<A*>(partial + kStepParts * kTileRows * kStepUnits);  // [k][row]
+  auto* partial = shared_memory<Gates4>();                              // [part][row][unit]
+  auto* h = pack_at<A>(partial + kStepParts * kTileRows * kStepUnits);  // [k][row]
   const auto* weights = static_cast<const Gates4*>(p.packed) + int64_t(direction) * hidden * hidden;
 
   Gates4 sum[kRows] = {};
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) lstm_step_forward(LstmForward
       const int end = min(count, (tile.part + 1) * kPart);
       for (int k = tile.part * kPart; k < end; ++k) {
         const Gates4 w = weights[int64_t(k_begin + k) * hidden + tile.unit];
-        const Rows old = *reinterpret_cast<const Rows*>(h + k * kTileRows + tile.group * kRows);
+        const Rows old = *pack_at<const Rows>(h + k * kTileRows + tile.group * kRows);
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
 #pragma unroll
@@ -113,9 +113,9 @@ __global__ void __launch_bounds__(kStepThreads, 2) lstm_step_backward(LstmBackwa
   constexpr int kTileRows = tile.kTileRows;
   const LstmShape s = p.shape;
   const int hidden = s.hidden, direction = tile.direction;
-  const bool last = step == s.steps - 1;                                    // nothing comes from a later step
-  auto* grad = shared_memory<Gates4>();                                     // [j][row]
-  auto* partial = reinterpret_cast<A*>(grad + kStepChunk / 4 * kTileRows);  // [part][row][unit]
+  const bool last = step == s.steps - 1;                          // nothing comes from a later step
+  auto* grad = shared_memory<Gates4>();                           // [j][row]
+  auto* partial = pack_at<A>(grad + kStepChunk / 4 * kTileRows);  // [part][row][unit]
   const auto* weights = static_cast<const Gates4*>(p.packed) + int64_t(direction) * hidden * hidden;
   constexpr int kChunk = kStepChunk / 4;  // units; four gates each
 
@@ -169,11 +169,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) lstm_step_backward(LstmBackwa
   LstmGates<A> gates{0, 0, 0, 0};
   add_gates<A, T>(gates, p.reserve, at, hidden);
   const A c = load_or_zero<A, T>(p.reserve, at + 4 * int64_t(hidden));
-  const A c_prev =
-      step == 0 ? load_or_zero<A, T>(p.c_0, state)
-                : load_or_zero<A, T>(p.reserve, reserve_at(s, direction, time_of(s, step - 1, direction),
-                                                           tile.row, tile.unit) +
-                                                    4 * int64_t(hidden));
+  const A c_prev = cell_before<A, T>(p, step, direction, tile.row, tile.unit);
   dh += load_or_zero<A, T>(p.grad_output, output_at(s, time, tile.row, direction, tile.unit));
   const LstmGradients<A> d = lstm_backward<GateMath>(gates, c, c_prev, dh, dc);
   *cell = d.c_prev;

@@ -43,6 +43,34 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(shared_base);
 }
 
+// ---- clusters: blocks that run together and reach each other's shared memory (sm_90) ----
+// All threads of the cluster meet; what they wrote before, to any block's shared memory, is seen by all
+// after.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// The barrier of a cluster of kBlocks blocks, or of a block on its own.
+template <int kBlocks>
+__device__ __forceinline__ void group_barrier() {
+  if constexpr (kBlocks == 1) block_barrier();
+  if constexpr (kBlocks > 1) cluster_barrier();
+}
+
+// The same place of shared memory in block `rank` of this cluster.
+template <typename V>
+__device__ __forceinline__ V* in_block_of_cluster(V* place, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  V* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
+  return there;
+#else
+  return place;  // never run: clusters_fit() is false there
+#endif
+}
+
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
@@ -57,17 +85,61 @@ inline size_t shared_memory_limit() {
   return bytes;
 }
 
-// Enqueues kernel(args...) on `stream` and returns at once.
-template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes, void* stream,
-            Args... args) {
-  if (shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               "shared memory of a kernel");
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
-  check_cuda(cudaGetLastError(), "kernel launch");
+template <typename... Params>
+void allow_shared_memory(void (*kernel)(Params...), size_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+      "shared memory of a kernel");
 }
+
+struct ClusterLaunch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  ClusterLaunch(dim3 grid, unsigned blocks, unsigned threads, size_t shared_bytes, void* stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = blocks;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = blocks > 1 ? 1 : 0;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+};
+
+// Whether the current device can run the kernel in clusters of so many blocks.
+template <typename... Params>
+bool clusters_fit(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared_bytes) {
+  int device = 0, major = 0, clusters = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  if (major < 9) return false;
+  allow_shared_memory(kernel, shared_bytes);
+  const ClusterLaunch launch(dim3(blocks), blocks, threads, shared_bytes, nullptr);
+  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config), "occupancy of a cluster");
+  return clusters > 0;
+}
+
+// Enqueues kernel(args...) on `stream` and returns at once. `blocks` neighbours of the grid's first
+// dimension make a cluster.
+template <typename... Params, typename... Args>
+void launch_clusters(void (*kernel)(Params...), dim3 grid, unsigned blocks, unsigned threads,
+                     size_t shared_bytes, void* stream, Args... args) {
+  allow_shared_memory(kernel, shared_bytes);
+  const ClusterLaunch launch(grid, blocks, threads, shared_bytes, stream);
+  check_cuda(cudaLaunchKernelEx(&launch.config, kernel, static_cast<Params>(args)...), "kernel launch");
+}
+
+// The address of a Pack, in memory aligned for one wide access.
+template <typename P, typename T>
+__device__ __forceinline__ P* pack_at(T* first) {
+  return reinterpret_cast<P*>(first);
+}
+
+}  // namespace cnnrnn::cuda
 
 #else  // ---- emulation on the host ----
 
@@ -115,16 +187,45 @@ T* shared_memory() {
 using std::max;
 using std::min;
 
-inline size_t shared_memory_limit() { return 227 * 1024; }  // as on sm_90
-
-template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes, void*,
-            Args... args) {
-  const std::tuple<Params...> params(static_cast<Params>(args)...);
-  emulator::run({grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { std::apply(kernel, params); });
+inline void cluster_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::rendezvous(emulator::kCluster, {file, line});
 }
 
+template <int kBlocks>
+void group_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::rendezvous(kBlocks == 1 ? emulator::kBlock : emulator::kCluster, {file, line});
+}
+
+template <typename V>
+V* in_block_of_cluster(V* place, unsigned rank) {
+  return static_cast<V*>(emulator::in_block_of_cluster(place, rank));
+}
+
+inline size_t shared_memory_limit() { return emulator::device.shared_bytes; }
+
+template <typename Kernel>
+bool clusters_fit(Kernel, unsigned, unsigned, size_t) {
+  return emulator::device.clusters;
+}
+
+template <typename... Params, typename... Args>
+void launch_clusters(void (*kernel)(Params...), dim3 grid, unsigned blocks, unsigned threads,
+                     size_t shared_bytes, void*, Args... args) {
+  const std::tuple<Params...> params(static_cast<Params>(args)...);
+  emulator::run({grid.x, grid.y, grid.z}, blocks, threads, shared_bytes, [&] { std::apply(kernel, params); });
+}
+
+template <typename P, typename T>
+P* pack_at(T* first) {
+  emulator::check_alignment(first, alignof(P));
+  return reinterpret_cast<P*>(first);
+}
+
+}  // namespace cnnrnn::cuda
+
 #endif  // ---- both ----
+
+namespace cnnrnn::cuda {
 
 __host__ __device__ __forceinline__ float widen(float v) { return v; }
 __host__ __device__ __forceinline__ double widen(double v) { return v; }
@@ -154,6 +255,13 @@ struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {
 template <typename T>
 __host__ __device__ __forceinline__ T ceil_div(T a, T b) {
   return (a + b - 1) / b;
+}
+
+// Enqueues kernel(args...) on `stream` and returns at once.
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes, void* stream,
+            Args... args) {
+  launch_clusters(kernel, grid, 1, threads, shared_bytes, stream, args...);
 }
 
 // Blocks in a grid's first dimension, the only one without a limit of 65535.

@@ -1,6 +1,9 @@
 // The CUDA kernels of the recurrent operators as the host file sees them: raw pointers, sizes, a stream.
 // No torch. Every launcher enqueues on `stream` and returns at once; errors throw std::runtime_error.
 // T is the tensors' element type, A what its sums are kept in: double for double, else float.
+//
+// The layer has three schedules, the first that fits is taken: weights resident in one block, in a cluster of
+// 8 (sm_90), or one launch a step.
 #pragma once
 
 #include <cstdint>

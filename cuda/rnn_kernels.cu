@@ -1,7 +1,7 @@
 // Entry points of the recurrent kernels: element type and schedule are chosen here.
 
-#include "lstm_block.cuh"
 #include "lstm_cell.cuh"
+#include "lstm_resident.cuh"
 #include "lstm_step.cuh"
 
 namespace cnnrnn::cuda {
@@ -15,7 +15,7 @@ constexpr int kWideRows = sizeof(T) == 8 ? 2 : 4;  // of a thread; more would sp
 void lstm_layer_forward(DType dtype, const LstmForward& p, void* stream) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (p.shape.hidden <= kBlockHidden) return block_forward<T>(p, stream);
+    if (try_resident<T, 1, true>(p, stream) || try_resident<T, kClusterBlocks, true>(p, stream)) return;
     (p.shape.batch <= 4 ? step_forward<T, 1> : step_forward<T, kWideRows<T>>)(p, stream);
   });
 }
@@ -23,7 +23,7 @@ void lstm_layer_forward(DType dtype, const LstmForward& p, void* stream) {
 void lstm_layer_backward(DType dtype, const LstmBackward& p, void* stream) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (p.shape.hidden <= kBlockHidden) return block_backward<T>(p, stream);
+    if (try_resident<T, 1, false>(p, stream) || try_resident<T, kClusterBlocks, false>(p, stream)) return;
     (p.shape.batch <= 4 ? step_backward<T, 1> : step_backward<T, kWideRows<T>>)(p, stream);
   });
 }

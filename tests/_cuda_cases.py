@@ -183,14 +183,15 @@ def lstm_oracle(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh):
     return torch.cat(outputs, -1), torch.stack(h_n), torch.stack(c_n)
 
 
-# One block for all steps up to 128 units, a launch a step beyond; h90: double weights do not fit a block.
+# About 100 units fit one block, about 300 a cluster; beyond, and without clusters, a launch a step.
 LSTMS = {
     "tiny": Lstm(1, 1, 1, 1),
     "odd": Lstm(3, 5, 4, 7, d=2),
     "no_bias": Lstm(4, 3, 2, 33, bias=False),
-    "h90": Lstm(2, 2, 3, 90, d=2),
-    "steps_few_rows": Lstm(3, 2, 3, 130, d=2),
-    "steps_many_rows": Lstm(2, 18, 2, 145),
+    "h100": Lstm(2, 2, 3, 100),
+    "few_rows": Lstm(3, 2, 3, 130, d=2),
+    "many_rows": Lstm(2, 18, 2, 145),
+    "h330": Lstm(2, 2, 2, 330),
 }
 
 

@@ -27,14 +27,19 @@ def library():
     library = ctypes.CDLL(str(path))
     library.run_planted.restype = ctypes.c_char_p
     library.run_planted.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_bool]
+    library.emulator_device.argtypes = [ctypes.c_size_t, ctypes.c_bool]
     library.emulator_drop_barrier.argtypes = [ctypes.c_char_p]
     library.emulator_seen_barriers.restype = ctypes.c_char_p
     return library
 
 
+SM_80, SM_90 = (163 * 1024, False), (227 * 1024, True)  # shared memory of a block, clusters
+
+
 @pytest.fixture
 def ops(library):
     library.emulator_seed(0)
+    library.emulator_device(*SM_90)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's idle threads would spin beside the emulator's one
     yield torch.ops.cnnrnn_emulated
@@ -52,6 +57,9 @@ PLANTED = {
     "past shared memory": (5, "write out of bounds"),
     "never written": (6, "uninitialised read in shared memory, byte 20"),
     "blocks collide": (7, "race .* in tensor 0, byte 0"),
+    "cluster swaps early": (8, "race|uninitialised|block that has not begun"),
+    "cluster returns early": (9, "access to a block that has returned"),
+    "misaligned": (10, "misaligned access"),
 }
 
 
@@ -72,13 +80,18 @@ def test_sound_kernel_computes(library):
     assert torch.equal(data, torch.arange(192, dtype=torch.int32).view(2, 96).roll(-1, 1).flatten())
 
 
-def _multi_chunk(ops):
-    """Runs every kernel so that each of its loops goes round at least twice."""
+def _multi_chunk(library, ops):
+    """Runs every kernel that has barriers, so that each of its loops goes round at least twice."""
     conv = [cases.Conv((2, 9, 24, 24), 3), cases.Conv((2, 9, 24, 24), 3, ceil_mode=True, pool=(3, 3))]
     for case in conv:
         x, weight, bias, grad_y = case.draw(cases.small_integers)
         cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, grad_y)
-    for case in (cases.Lstm(3, 5, 3, 9), cases.Lstm(2, 3, 2, 150), cases.Lstm(2, 5, 2, 150)):
+    for device, case in (
+        (SM_90, cases.Lstm(3, 5, 3, 9)),
+        (SM_90, cases.Lstm(3, 2, 3, 130)),
+        (SM_80, cases.Lstm(2, 5, 2, 150)),
+    ):
+        library.emulator_device(*device)
         x, *rest = cases._convert(case.draw(), "cpu", torch.float32)
         output, h_n, c_n, reserve = ops.lstm_train(x, *rest)
         ops.lstm_backward(output, h_n, c_n, x, *rest, output, reserve, True, True, True, True)
@@ -87,14 +100,16 @@ def _multi_chunk(ops):
 def test_every_barrier_is_needed(library, ops):
     """Without any one of the kernels' barriers the emulator reports a violation."""
     library.emulator_seen_barriers()
-    _multi_chunk(ops)
+    _multi_chunk(library, ops)
     sites = library.emulator_seen_barriers().decode().split()
-    assert len(sites) >= 14
+    assert len(sites) >= 14, sites
     for site in sites:
         library.emulator_drop_barrier(site.encode())
         try:
-            with pytest.raises(RuntimeError, match=r"emulation: (race|uninitialised)"):
-                _multi_chunk(ops)
+            with pytest.raises(
+                RuntimeError, match=r"emulation: (race|uninitialised|access to a block that has)"
+            ):
+                _multi_chunk(library, ops)
         except pytest.fail.Exception:
             pytest.fail(f"the barrier at {site} can be left out unnoticed")
         finally:
@@ -197,7 +212,15 @@ def test_lstm(ops, case, dtype):
     cases.check_lstm(ops, "cpu", case, dtype)
 
 
-@pytest.mark.parametrize("case", ["odd", "steps_few_rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ["odd", "few_rows", "many_rows"])
+def test_lstm_without_clusters(library, ops, case, dtype):
+    """On a GPU without clusters more units than fit one block take a launch a step."""
+    library.emulator_device(*SM_80)
+    cases.check_lstm(ops, "cpu", cases.LSTMS[case], dtype)
+
+
+@pytest.mark.parametrize("case", ["odd", "few_rows"])
 def test_lstm_missing_gradients(ops, case):
     cases.check_lstm_parts(ops, "cpu", cases.LSTMS[case])
 

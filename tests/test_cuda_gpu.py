@@ -55,7 +55,7 @@ def test_lstm(ops, case, dtype):
     cases.check_lstm(ops, "cuda", case, dtype)
 
 
-@pytest.mark.parametrize("case", ["odd", "steps_few_rows"])
+@pytest.mark.parametrize("case", ["odd", "few_rows"])
 def test_lstm_missing_gradients(ops, case):
     cases.check_lstm_parts(ops, "cuda", cases.LSTMS[case])
 
@@ -99,7 +99,7 @@ def test_current_stream(ops):
 
 def test_no_host_synchronisation(ops):
     """Forward and backward can be captured in a graph, which a synchronisation would forbid."""
-    case, conv = cases.LSTMS["steps_few_rows"], cases.CONVS["odd"]
+    case, conv = cases.LSTMS["few_rows"], cases.CONVS["odd"]
     x, *rest = cases._convert(case.draw(), "cuda", torch.float32)
     image, weight, bias, _ = (t.float().cuda() for t in conv.draw(cases.normal))
 

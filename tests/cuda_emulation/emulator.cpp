@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <random>
 #include <set>
 #include <sstream>
@@ -21,11 +22,13 @@
 namespace emulator {
 
 Fiber* current = nullptr;
+Device device{227 * 1024, true};
 Index grid_size, block_size;
 
 namespace {
 
-constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kSharedGap = 64 * 1024;  // between the blocks of a cluster: an overrun must not go unnoticed
 constexpr unsigned kWarpSize = 32;
 
 #if defined(__x86_64__)
@@ -84,17 +87,19 @@ enum class State { kReady, kWaiting, kDone };
 struct Task : Fiber {
   Context context;
   State state = State::kReady;
+  bool begun = false;
   Scope scope = kWarp;
   std::string site;
   Epoch epoch;
 };
 
-struct Stop {};  // a violation was recorded: the launch is over
-
 std::mt19937 random_source(0);
 std::string violation;
-std::vector<Task> tasks;
-std::vector<unsigned char> stacks, shared_storage;
+std::vector<Task> tasks;  // of the running cluster, block by block
+unsigned block_threads, cluster_blocks;
+std::unique_ptr<unsigned char[]> stacks;
+size_t stack_count = 0, shared_stride = 0;
+std::vector<unsigned char> shared_storage;
 Context scheduler;
 const std::function<void()>* kernel_body;
 std::set<std::string> dropped_sites, seen_sites;
@@ -113,14 +118,13 @@ void fiber_main() {
   leave();
 }
 
-unsigned group_begin(const Task& task, Scope scope) {
-  const unsigned index = &task - tasks.data();
-  return scope == kWarp ? index / kWarpSize * kWarpSize : 0;
-}
-
-unsigned group_end(const Task& task, Scope scope) {
-  const unsigned all = tasks.size();
-  return scope == kWarp ? std::min(group_begin(task, scope) + kWarpSize, all) : all;
+// The tasks [begin, end) that meet at a barrier of this scope.
+std::pair<unsigned, unsigned> group_of(const Task& task, Scope scope) {
+  if (scope == kCluster) return {0, tasks.size()};
+  const unsigned block = (&task - tasks.data()) / block_threads * block_threads;
+  if (scope == kBlock) return {block, block + block_threads};
+  const unsigned warp = task.thread.x / kWarpSize * kWarpSize;
+  return {block + warp, block + std::min(warp + kWarpSize, block_threads)};
 }
 
 std::string site_name(Site site) {
@@ -128,7 +132,9 @@ std::string site_name(Site site) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line);
 }
 
-const char* scope_name(Scope scope) { return scope == kWarp ? "warp" : "block"; }
+const char* scope_name(Scope scope) {
+  return scope == kWarp ? "warp" : scope == kBlock ? "block" : "cluster";
+}
 
 std::string describe_stall() {
   std::ostringstream text;
@@ -146,18 +152,23 @@ std::string describe_stall() {
   return text.str();
 }
 
-// Lets one warp, drawn at random, run until every lane waits or has returned. False if no warp could.
+// Lets one warp run until every lane waits or has returned. False if no warp could. The choice is greedy, the
+// order that finds most bugs: a block drawn at random goes on until it is stuck, its warps drawn at random.
 bool run_a_warp() {
-  std::vector<unsigned> ready;
-  for (unsigned first = 0; first < tasks.size(); first += kWarpSize)
-    for (unsigned i = first; i < std::min<size_t>(first + kWarpSize, tasks.size()); ++i)
+  static unsigned favourite = 0;  // block of the cluster
+  std::vector<unsigned> ready, ready_in_favourite;
+  for (unsigned first = 0; first < tasks.size(); first = group_of(tasks[first], kWarp).second)
+    for (unsigned i = first; i < group_of(tasks[first], kWarp).second; ++i)
       if (tasks[i].state == State::kReady) {
         ready.push_back(first);
+        if (first / block_threads == favourite) ready_in_favourite.push_back(first);
         break;
       }
   if (ready.empty()) return false;
-  const unsigned first = ready[random_source() % ready.size()];
-  const unsigned lanes = std::min<size_t>(kWarpSize, tasks.size() - first);
+  const auto& choice = ready_in_favourite.empty() ? ready : ready_in_favourite;
+  const unsigned first = choice[random_source() % choice.size()];
+  favourite = first / block_threads;
+  const unsigned lanes = group_of(tasks[first], kWarp).second - first;
   for (bool progress = true; progress && violation.empty();) {
     progress = false;
     const unsigned start = random_source() % lanes;
@@ -166,6 +177,7 @@ bool run_a_warp() {
       if (task.state != State::kReady) continue;
       progress = true;
       current = &task;
+      task.begun = true;
       set_stack(&stacks[(&task - tasks.data()) * kStackBytes], kStackBytes);
       scheduler.switch_to(task.context);
       current = nullptr;
@@ -174,21 +186,29 @@ bool run_a_warp() {
   return true;
 }
 
-void run_block(Index block, unsigned block_number, unsigned threads, size_t shared_bytes) {
-  tasks.assign(threads, Task{});
+void run_cluster(unsigned cluster, size_t shared_bytes) {
+  const unsigned count = cluster_blocks * block_threads;
+  tasks.assign(count, Task{});
   set_fibers(tasks.data(), tasks.size() * sizeof(Task));
-  if (stacks.size() < threads * kStackBytes) stacks.resize(threads * kStackBytes);
-  shared_storage.assign(shared_bytes + 64, 0xFF);
+  if (stack_count < count) {
+    stacks.reset(new unsigned char[count * kStackBytes]);  // not value-initialised: most is never touched
+    stack_count = count;
+  }
+  shared_stride = (shared_bytes + 15) / 16 * 16 + (cluster_blocks > 1 ? kSharedGap : 0);
+  shared_storage.assign(shared_stride * cluster_blocks + 16, 0xFF);
   auto* shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared_storage.data()) + 15) &
                                                   ~uintptr_t{15});
-  set_shared(shared, shared_bytes);
-  for (unsigned t = 0; t < threads; ++t) {
-    Task& task = tasks[t];
-    task.thread.x = t;
-    task.block = block;
-    task.shared = shared;
-    task.epoch = {launches, block_number, t, {0, 0}};
-    task.context.prepare(&stacks[t * kStackBytes], fiber_main);
+  const unsigned first_block = cluster * cluster_blocks;
+  set_shared(shared, shared_bytes, shared_stride, first_block, cluster_blocks);
+  for (unsigned i = 0; i < count; ++i) {
+    Task& task = tasks[i];
+    const unsigned rank = i / block_threads, number = first_block + rank;
+    task.thread.x = i % block_threads;
+    task.block = {number % grid_size.x, number / grid_size.x % grid_size.y,
+                  number / grid_size.x / grid_size.y};
+    task.shared = shared + rank * shared_stride;
+    task.epoch = {launches, cluster, number, task.thread.x, {0, 0, 0}};
+    task.context.prepare(&stacks[i * kStackBytes], fiber_main);
   }
   while (violation.empty() && run_a_warp()) {
   }
@@ -199,6 +219,29 @@ void run_block(Index block, unsigned block_number, unsigned threads, size_t shar
 }  // namespace
 
 const Epoch& current_epoch() { return running().epoch; }
+
+bool has_begun(uint32_t rank) {
+  for (unsigned t = 0; t < block_threads; ++t)
+    if (tasks[rank * block_threads + t].begun) return true;
+  return false;
+}
+
+bool has_returned(uint32_t rank) {
+  for (unsigned t = 0; t < block_threads; ++t)
+    if (tasks[rank * block_threads + t].state != State::kDone) return false;
+  return true;
+}
+
+void* in_block_of_cluster(void* place, unsigned rank) {
+  if (rank >= cluster_blocks) fail("no such block in the cluster");
+  const Task& task = running();
+  const unsigned own = (&task - tasks.data()) / block_threads;
+  return static_cast<unsigned char*>(place) + (static_cast<ptrdiff_t>(rank) - own) * shared_stride;
+}
+
+void check_alignment(const void* address, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment != 0) fail("misaligned access");
+}
 
 void fail(const std::string& message) {
   if (violation.empty()) {
@@ -219,7 +262,7 @@ void rendezvous(Scope scope, Site place) {
   self.scope = scope;
   self.site = site;
   self.state = State::kWaiting;
-  const unsigned begin = group_begin(self, scope), end = group_end(self, scope);
+  const auto [begin, end] = group_of(self, scope);
   unsigned arrived = 0;
   for (unsigned i = begin; i < end; ++i) {
     const Task& task = tasks[i];
@@ -241,21 +284,23 @@ void rendezvous(Scope scope, Site place) {
   }
 }
 
-void run(Index grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+void run(Index grid, unsigned blocks_of_cluster, unsigned threads, size_t shared_bytes,
+         const std::function<void()>& body) {
   violation.clear();
   grid_size = grid;
   block_size = {threads, 1, 1};
   kernel_body = &body;
   ++launches;
   set_launch_frame(__builtin_frame_address(0));
-  const unsigned blocks = grid.x * grid.y * grid.z;
-  std::vector<unsigned> order(blocks);
-  for (unsigned b = 0; b < blocks; ++b) order[b] = b;
+  block_threads = threads;
+  cluster_blocks = blocks_of_cluster;
+  if (grid.x % cluster_blocks != 0)
+    throw std::runtime_error("emulation: the grid is no multiple of its clusters");
+  std::vector<unsigned> order(grid.x * grid.y * grid.z / cluster_blocks);
+  for (unsigned c = 0; c < order.size(); ++c) order[c] = c;
   std::shuffle(order.begin(), order.end(), random_source);
-  for (unsigned b : order) {
-    run_block({b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y}, b, threads, shared_bytes);
-    if (!violation.empty()) break;
-  }
+  for (unsigned cluster : order)
+    if (violation.empty()) run_cluster(cluster, shared_bytes);
   if (!violation.empty()) throw std::runtime_error("emulation: " + violation);
 }
 
@@ -264,6 +309,11 @@ void run(Index grid, unsigned threads, size_t shared_bytes, const std::function<
 // ---- controls for the tests, through ctypes ----
 extern "C" __attribute__((visibility("default"))) void emulator_seed(unsigned seed) {
   emulator::random_source.seed(seed);
+}
+
+// What launchers see from now on.
+extern "C" __attribute__((visibility("default"))) void emulator_device(size_t shared_bytes, bool clusters) {
+  emulator::device = {shared_bytes, clusters};
 }
 
 // The barrier at `site` ("file:line") does nothing from now on; "" restores all.

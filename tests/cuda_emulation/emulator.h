@@ -1,15 +1,18 @@
 // The host side of primitives.cuh: CUDA kernels compiled as C++ and run on the CPU.
 //
-// One fiber per CUDA thread; a collective is a rendezvous. The order is adversarial: a warp drawn at random
-// runs until it is stuck. Every load and store of the kernels (the compiler's -fsanitize=thread calls,
-// answered by emulator.cpp instead of libtsan) is checked for
+// One fiber per CUDA thread; a collective is a rendezvous; the blocks of a cluster run together, clusters one
+// after the other. The order is adversarial: a block and a warp of it, drawn at random, run until stuck.
+// Every load and store of the kernels (the compiler's -fsanitize=thread calls, answered by memory_checks.cpp
+// instead of libtsan) is checked for
 //   races           two accesses to a cell (an element, at most 4 bytes), one a write, with no barrier of a
 //                   common scope between them
-//   bounds          only tensors that were announced, the block's own shared memory and the thread's stack
+//   bounds          only tensors that were announced, the cluster's shared memory and the thread's stack
 //   uninitialised   shared memory read before any thread wrote it (it is also filled with 0xFF, a NaN)
-// and barriers for deadlock, early exit and divergence (threads of one block at different barriers).
-// Not modelled: warps in lockstep (more orders are tried than a GPU has), alignment, resource limits,
-// approximate instructions, timing.
+//   lifetime        another block's shared memory before it has begun or after it has returned
+//   alignment       of the wide accesses that go through pack_at()
+// and barriers for deadlock, early exit and divergence (threads of one group at different barriers).
+// Not modelled: warps in lockstep (more orders are tried than a GPU has), resource limits, memory fences
+// weaker than a barrier, approximate instructions, timing.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +26,7 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-enum Scope { kWarp = 0, kBlock = 1, kScopes = 2 };
+enum Scope { kWarp = 0, kBlock = 1, kCluster = 2, kScopes = 3 };
 
 // What a kernel may ask about itself.
 struct Fiber {
@@ -32,6 +35,14 @@ struct Fiber {
 };
 
 extern Fiber* current;
+
+// The device that launchers believe to be on.
+struct Device {
+  size_t shared_bytes;
+  bool clusters;
+};
+
+extern Device device;
 extern Index grid_size, block_size;
 
 struct Site {  // the place of a collective in the source
@@ -47,7 +58,15 @@ void rendezvous(Scope scope, Site site);
 void announce_memory(const void* data, size_t bytes, size_t element);
 void forget_memory();
 
-// Runs body once for every thread of the grid. Throws std::runtime_error with the first violation.
-void run(Index grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+// The place of another block's shared memory that `place` is of this block's.
+void* in_block_of_cluster(void* place, unsigned rank);
+
+// Reports an address that is not a multiple of `alignment`.
+void check_alignment(const void* address, size_t alignment);
+
+// Runs body once for every thread of the grid, whose first dimension is cut into clusters of so many blocks.
+// Throws std::runtime_error with the first violation.
+void run(Index grid, unsigned cluster_blocks, unsigned threads, size_t shared_bytes,
+         const std::function<void()>& body);
 
 }  // namespace emulator

@@ -24,7 +24,16 @@ Range make_range(const void* begin, size_t bytes) {
   return {address, address + bytes, 4};
 }
 
-Range stack, shared, fibers, launch_frames;
+Range stack, fibers, launch_frames;
+std::vector<Range> shared;  // of each block of the running cluster
+uint32_t first_block = 0;
+
+const Range* shared_of(uintptr_t address, size_t bytes) {
+  for (const Range& range : shared)
+    if (range.holds(address, bytes)) return &range;
+  return nullptr;
+}
+
 std::vector<Range> announced;
 
 // The library's own constants and the emulator's variables (threadIdx and the like).
@@ -78,8 +87,9 @@ Cell& cell_of(uintptr_t address) {
 [[gnu::noinline]] void report(const char* what, uintptr_t address, const Epoch* other) {
   std::ostringstream text;
   text << what;
-  if (shared.holds(address, 1)) text << " in shared memory, byte " << address - shared.begin;
-  for (size_t i = 0; i < announced.size() && !shared.holds(address, 1); ++i)
+  const Range* block = shared_of(address, 1);
+  if (block) text << " in shared memory, byte " << address - block->begin;
+  for (size_t i = 0; i < announced.size() && !block; ++i)
     if (announced[i].holds(address, 1))
       text << " in tensor " << i << ", byte " << address - announced[i].begin;
   if (other) text << ", against thread " << other->thread << " of block number " << other->block;
@@ -113,13 +123,16 @@ void access(const void* pointer, size_t bytes, bool write) {
   if (current == nullptr) return;  // host code around the launch
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   if (stack.holds(address, bytes)) return;
-  const bool in_shared = shared.holds(address, bytes);
-  const Range* holder = &shared;
+  const Range* holder = shared_of(address, bytes);
+  const bool in_shared = holder != nullptr;
+  const uint32_t rank = in_shared ? holder - shared.data() : 0;
+  if (in_shared && !has_begun(rank)) report("access to a block that has not begun", address, nullptr);
+  if (in_shared && has_returned(rank)) report("access to a block that has returned", address, nullptr);
   if (!in_shared) {
     if (fibers.holds(address, bytes) || launch_frames.holds(address, bytes)) return;
     for (const Range& range : announced)
       if (range.holds(address, bytes)) holder = &range;
-    if (holder == &shared) {
+    if (holder == nullptr) {
       for (const Range& range : library_image())
         if (range.holds(address, bytes)) return;
       report(write ? "write out of bounds" : "read out of bounds", address, nullptr);
@@ -129,8 +142,8 @@ void access(const void* pointer, size_t bytes, bool write) {
   for (uintptr_t at = address & ~(holder->cell - 1); at < address + bytes; at += holder->cell) {
     Cell& cell = cell_of(at);
     // Shared memory is the block's own: what another block did at this address is forgotten.
-    if (in_shared && cell.owner != now.block) cell = Cell{};
-    cell.owner = now.block;
+    if (in_shared && cell.owner != first_block + rank) cell = Cell{};
+    cell.owner = first_block + rank;
     if (write) {
       note_write(cell, now, at);
     } else {
@@ -143,7 +156,12 @@ void access(const void* pointer, size_t bytes, bool write) {
 
 void set_fibers(const void* begin, size_t bytes) { fibers = make_range(begin, bytes); }
 void set_stack(const void* begin, size_t bytes) { stack = make_range(begin, bytes); }
-void set_shared(const void* begin, size_t bytes) { shared = make_range(begin, bytes); }
+void set_shared(const void* begin, size_t bytes, size_t stride, uint32_t first, uint32_t blocks) {
+  shared.clear();
+  for (uint32_t rank = 0; rank < blocks; ++rank)
+    shared.push_back(make_range(static_cast<const char*>(begin) + rank * stride, bytes));
+  first_block = first;
+}
 void set_launch_frame(const void* frame) {
   pthread_attr_t attributes;
   void* lowest = nullptr;

@@ -63,6 +63,23 @@ __global__ void blocks_collide(int* data, bool sound) {
   if (threadIdx.x == 0) data[sound ? blockIdx.x : 0] += 1;
 }
 
+// Each of two blocks reads what the other left in its shared memory.
+__device__ void swap_in_cluster(int* data, bool first_barrier, bool last_barrier) {
+  int* shared = shared_memory<int>();
+  shared[threadIdx.x] = data[blockIdx.x * kThreads + threadIdx.x];
+  if (first_barrier) cluster_barrier();
+  data[blockIdx.x * kThreads + threadIdx.x] = *in_block_of_cluster(shared + threadIdx.x, 1 - blockIdx.x);
+  if (last_barrier) cluster_barrier();
+}
+
+__global__ void cluster_swaps_early(int* data, bool sound) { swap_in_cluster(data, sound, true); }
+
+__global__ void cluster_returns_early(int* data, bool sound) { swap_in_cluster(data, true, sound); }
+
+__global__ void misaligned(int* data, bool sound) {
+  if (threadIdx.x == 0) data[0] = pack_at<Pack<int, 4>>(data + (sound ? 4 : 1))->v[0];
+}
+
 std::string report;
 
 }  // namespace
@@ -71,13 +88,27 @@ std::string report;
 // Runs kernel `which` on data [2 * 96]; returns its report, "" if there was none.
 extern "C" __attribute__((visibility("default"))) const char* run_planted(int which, int* data, bool sound) {
   using namespace cnnrnn::cuda;
-  void (*const kernels[])(int*, bool) = {rotate,       recur,       half_a_block_waits, two_barriers,
-                                         past_the_end, past_shared, never_written,      blocks_collide};
+  struct Case {
+    void (*kernel)(int*, bool);
+    unsigned blocks, cluster;
+  };
+  const Case cases[] = {{rotate, 2, 1},
+                        {recur, 1, 1},
+                        {half_a_block_waits, 1, 1},
+                        {two_barriers, 1, 1},
+                        {past_the_end, 2, 1},
+                        {past_shared, 1, 1},
+                        {never_written, 1, 1},
+                        {blocks_collide, 2, 1},
+                        {cluster_swaps_early, 2, 2},
+                        {cluster_returns_early, 2, 2},
+                        {misaligned, 1, 1}};
+  const Case& planted = cases[which];
   report.clear();
   emulator::announce_memory(data, 2 * kThreads * sizeof(int), sizeof(int));
   try {
-    launch(kernels[which], dim3(which == 0 || which == 4 || which == 7 ? 2 : 1), kThreads,
-           kThreads * sizeof(int), nullptr, data, sound);
+    launch_clusters(planted.kernel, dim3(planted.blocks), planted.cluster, kThreads, kThreads * sizeof(int),
+                    nullptr, data, sound);
   } catch (const std::exception& error) {
     report = error.what();
   }
