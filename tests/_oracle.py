@@ -193,7 +193,9 @@ LSTM_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 def lstm_names(num_layers=1, bidirectional=False, bias=True, proj_size=0):
     """Parameter names in torch's flat order."""
     kinds = [n for n in LSTM_NAMES if (bias or "bias" not in n) and (proj_size or n != "weight_hr")]
-    suffixes = [f"_l{i}{r}" for i in range(num_layers) for r in (("", "_reverse") if bidirectional else ("",))]
+    suffixes = [
+        f"_l{i}{r}" for i in range(num_layers) for r in (("", "_reverse") if bidirectional else ("",))
+    ]
     return [kind + suffix for suffix in suffixes for kind in kinds]
 
 

@@ -63,7 +63,11 @@ NEEDS = {"need_x": True, "need_state": True, "need_weight": True, "need_bias": T
 def lstm_backward_operands():
     operands = lstm_operands()
     output, h_n, c_n, reserve = operators.lstm_train(**operands)
-    grads = {"grad_output": torch.randn_like(output), "grad_h_n": torch.randn_like(h_n), "grad_c_n": torch.randn_like(c_n)}
+    grads = {
+        "grad_output": torch.randn_like(output),
+        "grad_h_n": torch.randn_like(h_n),
+        "grad_c_n": torch.randn_like(c_n),
+    }
     return {**grads, **operands, "output": output, "reserve": reserve, **NEEDS}
 
 
@@ -192,7 +196,11 @@ LSTM_BACKWARD = {
     "reserve": {**spoiled(1, 4, 2, 5, 5), "four gates": torch.randn(1, 4, 2, 4, 5)},
 }
 CELL = {
-    "x": {"rank 1": torch.randn(3), "rank 3": torch.randn(2, 3, 1), "int64": torch.ones(2, 3, dtype=torch.int64)},
+    "x": {
+        "rank 1": torch.randn(3),
+        "rank 3": torch.randn(2, 3, 1),
+        "int64": torch.ones(2, 3, dtype=torch.int64),
+    },
     "h": spoiled(2, 5),
     "c": spoiled(2, 5),
     "weight_ih": {**spoiled(20, 3)},
@@ -247,8 +255,11 @@ CASES = [
 ]
 # No argument to name, or no error to expect: these must only not crash or compute nonsense in silence.
 OTHER_CASES = [
-    ("sparse x", None, lambda: operators.conv_pool2d(**conv_operands() | {"x": torch.randn(2, 4, 8, 9).to_sparse()})),
-
+    (
+        "sparse x",
+        None,
+        lambda: operators.conv_pool2d(**conv_operands() | {"x": torch.randn(2, 4, 8, 9).to_sparse()}),
+    ),
     *((f"code {value}", None, functools.partial(wrong_code, value)) for value in (4, 5, 17, 100, 200, 254)),
     ("code in padding", None, wrong_code_in_padding),
 ]

@@ -70,4 +70,3 @@ def compiled():
     """For a test of the compiled kernels only."""
     require_compiled()
     return "compiled"
-

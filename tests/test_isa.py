@@ -27,7 +27,12 @@ def machine_isas():
 def run_python(*arguments, isa):
     environment = {**os.environ, "CNNRNN_CPU_ISA": isa, "PYTHONPATH": str(PACKAGE_ROOT)}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -110,7 +115,9 @@ LSTM_SHAPE = (6, 7, 20, 33)
 @pytest.mark.parametrize("threads", THREADS)
 def test_threads_against_torch(compiled, threads):
     torch.set_num_threads(threads)
-    compare(cx.functional.conv_pool2d, stock_conv_pool2d, conv_tensors(*CONV_SHAPE), compiled, ["conv_pool2d"])
+    compare(
+        cx.functional.conv_pool2d, stock_conv_pool2d, conv_tensors(*CONV_SHAPE), compiled, ["conv_pool2d"]
+    )
     compare(our_lstm, stock_lstm, lstm_tensors(*LSTM_SHAPE), compiled, ["lstm"])
 
 

@@ -22,7 +22,9 @@ CONV_CONFIGS = {
 }
 
 
-def conv_arguments(config="default", dtype=torch.float32, layout=torch.contiguous_format, bias=True, grad=False):
+def conv_arguments(
+    config="default", dtype=torch.float32, layout=torch.contiguous_format, bias=True, grad=False
+):
     config = CONV_CONFIGS[config]
     x = torch.randn(2, 4, 9, 10, dtype=dtype).contiguous(memory_format=layout).requires_grad_(grad)
     weight = torch.randn(6, 4 // config[3], 3, 3, dtype=dtype, requires_grad=grad)
@@ -55,7 +57,9 @@ def cell_arguments(dtype=torch.float32, bias=True, grad=False):
 def detached(arguments):
     if isinstance(arguments, torch.Tensor):
         return arguments.detach()
-    return type(arguments)(detached(a) for a in arguments) if isinstance(arguments, (tuple, list)) else arguments
+    return (
+        type(arguments)(detached(a) for a in arguments) if isinstance(arguments, (tuple, list)) else arguments
+    )
 
 
 def backward_arguments(name, forward, need=None, grad=False, missing=()):
@@ -63,7 +67,8 @@ def backward_arguments(name, forward, need=None, grad=False, missing=()):
     outputs = getattr(operators, name + "_train")(*detached(forward))
     kept = {"conv_pool2d": 1, "lstm": 3, "lstm_cell": 2}[name]
     grads = [
-        None if i in missing else torch.randn_like(y).requires_grad_(grad) for i, y in enumerate(outputs[:kept])
+        None if i in missing else torch.randn_like(y).requires_grad_(grad)
+        for i, y in enumerate(outputs[:kept])
     ]
     if name == "conv_pool2d":
         return (*grads, *forward[:3], outputs[1], *forward[3:], *(need or (True, True, True)))
@@ -103,7 +108,9 @@ def sample_arguments(grad):
             yield name, case, arguments
 
 
-OPCHECK_CASES = [(name + form, case) for name, case, _ in sample_arguments(False) for form in ("", "_train", "_backward")]
+OPCHECK_CASES = [
+    (name + form, case) for name, case, _ in sample_arguments(False) for form in ("", "_train", "_backward")
+]
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -218,7 +225,9 @@ GRAD_CASES = {
 def test_gradcheck(case):
     name, make, kept = GRAD_CASES[case]
     arguments = make()
-    function, tensors = run_flat(getattr(operators, name + "_train"), arguments, tensor_positions(arguments), kept)
+    function, tensors = run_flat(
+        getattr(operators, name + "_train"), arguments, tensor_positions(arguments), kept
+    )
     assert torch.autograd.gradcheck(function, tensors)
 
 
@@ -227,7 +236,9 @@ def test_gradgradcheck(case):
     """The second derivative, through the backward operator's own gradient."""
     name, make, kept = GRAD_CASES[case]
     arguments = make()
-    function, tensors = run_flat(getattr(operators, name + "_train"), arguments, tensor_positions(arguments), kept)
+    function, tensors = run_flat(
+        getattr(operators, name + "_train"), arguments, tensor_positions(arguments), kept
+    )
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
@@ -243,11 +254,15 @@ def test_backward_operator_has_the_gradient_of_its_formula(case):
     grads = {"conv_pool2d": 1, "lstm": 3, "lstm_cell": 2}[name]
 
     def backward(*filled):
-        kept = getattr(operators, name + "_train")(*detached(filled[grads : grads + len(forward)][: len(forward)]))
+        kept = getattr(operators, name + "_train")(
+            *detached(filled[grads : grads + len(forward)][: len(forward)])
+        )
         if name == "conv_pool2d":
             return operators.conv_pool2d_backward(*filled)
         saved = (kept[0], kept[3]) if name == "lstm" else (kept[2],)
-        return getattr(operators, name + "_backward")(*filled[: grads + len(forward)], *saved, True, True, True, True)
+        return getattr(operators, name + "_backward")(
+            *filled[: grads + len(forward)], *saved, True, True, True, True
+        )
 
     if name == "conv_pool2d":
         positions = [i for i in tensor_positions(arguments) if i < 4]
@@ -318,7 +333,9 @@ def test_code_names_the_winner(case):
     conv = conv.relu() if activation == "relu" else conv
     assert code.dtype == torch.uint8
     assert code.shape == y.shape
-    for (n, k, i, j), winner in zip(torch.cartesian_prod(*map(torch.arange, y.shape)).tolist(), code.flatten().tolist(), strict=True):
+    for (n, k, i, j), winner in zip(
+        torch.cartesian_prod(*map(torch.arange, y.shape)).tolist(), code.flatten().tolist(), strict=True
+    ):
         if winner == 255:
             assert activation == "relu"
             assert y[n, k, i, j] == 0
@@ -384,7 +401,11 @@ def test_raw_operator_refuses_other_dtypes(name, dtype):
     def cast(value):
         if isinstance(value, torch.Tensor):
             return value.to(dtype)
-        return [cast(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], torch.Tensor) else value
+        return (
+            [cast(v) for v in value]
+            if isinstance(value, list) and value and isinstance(value[0], torch.Tensor)
+            else value
+        )
 
     arguments = [cast(a) for a in make()]
     for form in ("", "_train"):

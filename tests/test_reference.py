@@ -9,7 +9,14 @@ import pytest
 import torch
 
 import cnnrnn_ext as cx
-from _oracle import check_error, conv_tensors, lstm_tensors, outputs_and_gradients, stock_conv_pool2d, stock_lstm
+from _oracle import (
+    check_error,
+    conv_tensors,
+    lstm_tensors,
+    outputs_and_gradients,
+    stock_conv_pool2d,
+    stock_lstm,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 CONV_OPTIONS = {
