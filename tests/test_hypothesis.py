@@ -45,10 +45,7 @@ def convolutions(draw):
     pool_size, pool_stride = draw(pairs(1, 4)), draw(pairs(1, 4))
     pool_padding = tuple(draw(st.integers(0, size // 2)) for size in pool_size)
     size = draw(pairs(1, 24))
-    conv = [
-        (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    ]
+    conv = [(size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
     assume(all(c + 2 * p >= w for c, p, w in zip(conv, pool_padding, pool_size, strict=True)))
     assume(min(conv) >= 1)
     options = {
