@@ -5,6 +5,7 @@ import threading
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from cnnrnn_ext import _library
 
@@ -75,6 +76,8 @@ def use_compiled(op, tensor, uncovered=None):
         kernel, reason = None, 'backend("reference")'
     elif uncovered:
         kernel, reason = None, uncovered
+    elif forward_ad._current_level >= 0:
+        kernel, reason = None, "no kernel for forward-mode derivatives"
     else:
         kernel, reason = _library.kernel_for(tensor.device.type, tensor.dtype)
     if kernel is None and mode == "compiled":

@@ -34,10 +34,11 @@ def integers(name, value, count, least):
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
     if len(values) == 1:
         values = values * count
-    if len(values) != count or not all(isinstance(v, numbers.Integral | torch.SymInt) for v in values):
+    whole = (numbers.Integral, torch.SymInt)
+    if any(isinstance(v, bool) or not isinstance(v, whole) for v in values):
         raise TypeError(f"{name}: expected an integer or {count} integers, got {value!r}")
-    if any(isinstance(v, bool) for v in values):
-        raise TypeError(f"{name}: expected integers, got {value!r}")
+    if len(values) != count:
+        raise RuntimeError(f"{name}: expected an integer or {count} integers, got {value!r}")
     if any(v < least for v in values):
         raise RuntimeError(f"{name}: expected values >= {least}, got {value!r}")
     return values
@@ -62,7 +63,8 @@ def conv_arguments(dims, input, weight, bias, stride, padding, dilation, groups)
     if 0 in weight.shape:
         raise RuntimeError(f"weight: expected non-zero sizes, got shape {shape_of(weight)}")
     if isinstance(padding, str):
-        check_choice("padding", padding, ("same", "valid"))
+        if padding not in ("same", "valid"):
+            raise RuntimeError(f"padding: expected numbers, 'same' or 'valid', got {padding!r}")
     else:
         padding = integers("padding", padding, dims, 0)
     stride = integers("stride", stride, dims, 1)
@@ -118,11 +120,14 @@ def check_lstm(
             f"flat_weights: expected {count} tensors for num_layers={num_layers}, bidirectional="
             f"{bidirectional}, has_biases={has_biases}, proj_size={proj_size}, got {len(flat_weights)}"
         )
+    for index, weight in enumerate(flat_weights):
+        name = _weight_name(index, directions, has_biases, proj_size)
+        check_tensor(f"flat_weights[{index}], {name}", weight)
     if input.dim() != (3 if batch_sizes is None else 2):
         expected = "[T, N, I] (or [N, T, I])" if batch_sizes is None else "packed [sum(batch_sizes), I]"
         raise RuntimeError(f"input: expected {expected}, got shape {shape_of(input)}")
-    if batch_sizes is not None and (batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu"):
-        raise RuntimeError("batch_sizes: expected int64 on the CPU")
+    if batch_sizes is not None:
+        _check_batch_sizes(batch_sizes, input)
     hidden = flat_weights[0].shape[0] // 4
     state = proj_size or hidden
     batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if batch_first else 1]
@@ -140,6 +145,26 @@ def check_lstm(
             check_weight("weight_hr" + suffix, group[4], [state, hidden], input)
 
 
+def _weight_name(index, directions, has_biases, proj_size):
+    """torch's name of the index-th of the flat weights, such as "bias_hh_l1_reverse"."""
+    kinds = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if has_biases else [])]
+    kinds += ["weight_hr"] if proj_size else []
+    layer, direction = divmod(index // len(kinds), directions)
+    return f"{kinds[index % len(kinds)]}_l{layer}" + ("_reverse" if direction else "")
+
+
+def _check_batch_sizes(batch_sizes, input):
+    check_tensor("batch_sizes", batch_sizes)
+    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
+        raise RuntimeError("batch_sizes: expected [T] int64 on the CPU")
+    sizes = batch_sizes.tolist()
+    if not sizes or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True) or sum(sizes) != input.shape[0]:
+        raise RuntimeError(
+            f"batch_sizes: expected positive sizes, none larger than the one before, that add up to input's "
+            f"{input.shape[0]} rows, got {sizes}"
+        )
+
+
 def check_gate_weights(input, weights, hidden, width, state, suffix=""):
     shapes = ([4 * hidden, width], [4 * hidden, state], [4 * hidden], [4 * hidden])
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -150,8 +175,7 @@ def check_gate_weights(input, weights, hidden, width, state, suffix=""):
 
 def check_weight(name, weight, expected, input):
     check_tensor(name, weight)
-    if not torch.is_autocast_enabled(input.device.type):
-        check_same(name, weight, "input", input)
+    check_same(name, weight, "input", input)
     if shape_of(weight) != expected:
         raise RuntimeError(
             f"{name}: expected shape {expected}, got {shape_of(weight)} (input {shape_of(input)})"

@@ -76,7 +76,7 @@ def conv_pool2d_backward(
     return (
         grad_x.contiguous(memory_format=layout_of(x)) if need_x else none,
         grad_weight.contiguous() if need_weight else none,
-        grad_bias if need_bias else none,
+        grad_bias if need_bias and bias is not None else none,
     )
 
 
@@ -159,7 +159,7 @@ def lstm_backward(
         if need_weight:
             grad_weight_ih.append(flat.t() @ x.flatten(0, 1))
             grad_weight_hh.append(flat.t() @ h.flatten(0, 1))
-        if need_bias:
+        if need_bias and bias_ih:
             grad_bias.append(flat.sum(0))
     if not need_state:
         grad_h_0, grad_c_0 = x.new_empty(0), x.new_empty(0)
@@ -180,5 +180,5 @@ def lstm_cell_backward(
         grad_c if need_state else none,
         grad_gates.t() @ x if need_weight else none,
         grad_gates.t() @ h if need_weight else none,
-        grad_gates.sum(0) if need_bias else none,
+        grad_gates.sum(0) if need_bias and bias_ih is not None else none,
     )

@@ -36,9 +36,19 @@ def _autocast(*tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        t.to(dtype)
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
         for t in tensors
     )
+
+
+def _autocast_cell(*tensors):
+    """As ``_autocast``, but on the CPU torch's own cells leave the state in float32: so does this."""
+    if tensors[0].device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return _autocast(*tensors)
+    half = (torch.bfloat16, torch.float16)
+    return tuple(t.float() if isinstance(t, torch.Tensor) and t.dtype in half else t for t in tensors)
 
 
 # ---- conv_pool ----
@@ -84,8 +94,9 @@ def conv_pool2d(
 
     Raises:
         TypeError: a non-tensor, or a size that is no integer.
-        ValueError: an unknown activation, pool, padding or precision.
-        RuntimeError: ranks, shapes, dtypes or devices that do not fit, or an output of no pixels.
+        ValueError: an unknown activation, pool or precision.
+        RuntimeError: ranks, shapes, dtypes or devices that do not fit, an unknown padding, or an output of
+            no pixels.
     """
     check_tensor("input", input)
     check_tensor("weight", weight)
@@ -151,6 +162,7 @@ def conv_pool1d(
         raise RuntimeError(f"weight: expected 3 dimensions [K, C/groups, KL], got {shape_of(weight)}")
     if input.dim() not in (2, 3):
         raise RuntimeError(f"input: expected [N, C, L] or [C, L], got shape {shape_of(input)}")
+    input, weight, bias = _autocast(input, weight, bias)
     stride, padding, dilation = conv_arguments(1, input, weight, bias, stride, padding, dilation, groups)
     pool_size, pool_stride, pool_padding = pool_arguments(1, pool, pool_size, pool_stride, pool_padding)
     y = conv_pool2d(
@@ -224,6 +236,8 @@ def lstm(
         TypeError, RuntimeError: arguments whose type, shape, dtype or device does not fit, by name.
     """
     h_0, c_0 = hx
+    check_tensor("input", input)
+    input, h_0, c_0, *flat_weights = _autocast(input, h_0, c_0, *flat_weights)
     check_lstm(
         input,
         h_0,
@@ -236,8 +250,6 @@ def lstm(
         proj_size,
         batch_sizes,
     )
-    if torch.is_autocast_enabled(input.device.type):
-        input, h_0, c_0, *flat_weights = _autocast(input, h_0, c_0, *flat_weights)
     uncovered = None
     if batch_sizes is not None:
         uncovered = "no kernel for packed sequences"
@@ -279,7 +291,8 @@ def lstm_cell(input, hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None):
         TypeError, RuntimeError: arguments whose type, shape, dtype or device does not fit, by name.
     """
     h, c = hx
-    for name, tensor in (("input", input), ("h", h), ("c", c), ("weight_hh", weight_hh)):
+    named = (("input", input), ("h", h), ("c", c), ("weight_ih", weight_ih), ("weight_hh", weight_hh))
+    for name, tensor in named:
         check_tensor(name, tensor)
     if input.dim() != 2:
         raise RuntimeError(f"input: expected [N, I], got shape {shape_of(input)}")
@@ -288,15 +301,15 @@ def lstm_cell(input, hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None):
     if (bias_ih is None) != (bias_hh is None):
         raise RuntimeError("bias_ih and bias_hh: expected both or neither")
     hidden = weight_hh.shape[1]
+    arguments = _autocast_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+    input, h, c, weight_ih, weight_hh, bias_ih, bias_hh = arguments
     for name, tensor in (("h", h), ("c", c)):
         check_same(name, tensor, "input", input)
         if shape_of(tensor) != [input.shape[0], hidden]:
             raise RuntimeError(f"{name}: expected shape [{input.shape[0]}, {hidden}], got {shape_of(tensor)}")
     check_gate_weights(input, (weight_ih, weight_hh, bias_ih, bias_hh), hidden, input.shape[1], hidden)
-    arguments = _autocast(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
-    if not use_compiled("lstm_cell", arguments[0]):
-        input, h, c, *weights = arguments
-        return reference.lstm_cell(input, (h, c), *weights)
+    if not use_compiled("lstm_cell", input):
+        return reference.lstm_cell(input, (h, c), *arguments[3:])
     if _needs_grad(*arguments):
         return torch.ops.cnnrnn_ext.lstm_cell_train(*arguments)[:2]
     return torch.ops.cnnrnn_ext.lstm_cell(*arguments)

@@ -75,6 +75,7 @@ def _fake_conv_pool2d_train(
 
 def _fake_conv_pool2d_backward(grad_y, x, weight, bias, code, *config):
     need_x, need_weight, need_bias = config[-3:]
+    need_bias = need_bias and bias is not None
     layout = _operator_reference.layout_of(x)
     none = x.new_empty(0)
     return (
@@ -102,7 +103,7 @@ def _fake_lstm_backward(
         c_0.new_empty(c_0.shape) if need_state else none,
         [w.new_empty(w.shape) for w in weight_ih] if need_weight else [],
         [w.new_empty(w.shape) for w in weight_hh] if need_weight else [],
-        [w.new_empty(w.shape[0]) for w in weight_ih] if need_bias else [],
+        [b.new_empty(b.shape) for b in bias_ih] if need_bias else [],
     )
 
 
@@ -121,7 +122,7 @@ def _fake_lstm_cell_backward(
         c.new_empty(c.shape) if need_state else none,
         weight_ih.new_empty(weight_ih.shape) if need_weight else none,
         weight_hh.new_empty(weight_hh.shape) if need_weight else none,
-        weight_ih.new_empty(weight_ih.shape[0]) if need_bias else none,
+        bias_ih.new_empty(bias_ih.shape) if need_bias and bias_ih is not None else none,
     )
 
 
@@ -136,6 +137,22 @@ _FAKES = {
     "lstm_cell_train": _fake_lstm_cell_train,
     "lstm_cell_backward": _fake_lstm_cell_backward,
 }
+
+
+def _on_one_device(name, fake):
+    """``fake``, refusing operands of several devices: real and meta ones mixed are dispatched here too."""
+    arguments = getattr(torch.ops.cnnrnn_ext, name).default._schema.arguments
+    names = [argument.name for argument in arguments]
+
+    def checked(*args):
+        device = args[names.index("x")].device
+        for argument, value in zip(names, args, strict=True):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, torch.Tensor) and tensor.device != device:
+                    raise RuntimeError(f"{argument}: expected device {device} as x has, got {tensor.device}")
+        return fake(*args)
+
+    return checked
 
 
 # ---- autograd ----
@@ -388,7 +405,7 @@ def _register():
     _register_fallbacks()
     _register_autocast()
     for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(name, fake))
     for name, (setup, formula) in _AUTOGRAD.items():
         torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup)
 

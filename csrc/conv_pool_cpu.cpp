@@ -1,6 +1,7 @@
 // conv_pool on the CPU: check -> allocate -> pack -> call the kernels in parallel.
 
 #include <algorithm>
+#include <limits>
 
 #include "cpu/capability.h"
 #include "cpu/conv_pool.h"
@@ -45,8 +46,11 @@ struct Config {
 
 Pair pair(const char* name, const Ints& values, int64_t least) {
   check(values.size() == 2, name, ": expected 2 values, got ", values.size());
-  check(values[0] >= least && values[1] >= least, name, ": expected values >= ", least, ", got (", values[0],
-        ", ", values[1], ")");
+  // The upper bound keeps every product and sum of sizes below within int64.
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  for (int64_t value : values)
+    check(value >= least && value <= most, name, ": expected values from ", least, " to ", most, ", got (", values[0],
+          ", ", values[1], ")");
   return {values[0], values[1]};
 }
 
@@ -245,6 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
   check_like("grad_y", grad_y_any, "x", x_any);
   check(code_any.scalar_type() == ScalarType::Byte, "code: expected dtype uint8");
   const Tensor grad_y = in_layout(grad_y_any, s.channels_last), code = in_layout(code_any, s.channels_last);
+  need_bias = need_bias && bias.has_value();
   const bool single = grad_y.scalar_type() == ScalarType::Float;
   const Tensor none = empty_like_of(grad_y, {0});
   Tensor grad_x = none, grad_weight = none, grad_bias = none;

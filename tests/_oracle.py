@@ -22,19 +22,19 @@ def compiled_missing():
     return None if library.loaded else library.reason
 
 
-def expected_kernel(dtype):
+def expected_kernel():
     """The name a compiled call must leave in a trace, found without asking the code that writes it."""
     isa = os.environ.get("CNNRNN_CPU_ISA") or _library.build_module().best_isa()
     return f"cpu/{isa}"
 
 
 @contextlib.contextmanager
-def running_on(mode, *ops, dtype=torch.float32):
+def running_on(mode, *ops):
     """Runs the block on a backend, and fails unless exactly these operators ran, each on that backend."""
     with cx.backend(mode), cx.trace() as log:
         yield log
     ran = {(call.op, call.backend, call.kernel) for call in log}
-    wanted = {(op, mode, expected_kernel(dtype) if mode == "compiled" else None) for op in ops}
+    wanted = {(op, mode, expected_kernel() if mode == "compiled" else None) for op in ops}
     assert ran == wanted, f"ran {sorted(map(str, ran))}, expected {sorted(map(str, wanted))}"
 
 
@@ -108,13 +108,12 @@ def compare(ours, stock, tensors, mode, ops, *, wanted=None, grad_outputs=None, 
         ops: the operators that must appear in the trace.
         oracle: stock in float64 where that is another function.
     """
-    dtype = next(iter(tensors.values())).dtype
     # All three get the same gradients, rounded to this dtype: the kernels' error alone is compared.
     theirs, their_grads, drawn = outputs_and_gradients(stock, tensors, grad_outputs, wanted)
     exact, exact_grads, _ = outputs_and_gradients(
         oracle or stock, {k: v.double() for k, v in tensors.items()}, drawn, wanted
     )
-    with running_on(mode, *ops, dtype=dtype):
+    with running_on(mode, *ops):
         result, our_grads, _ = outputs_and_gradients(ours, tensors, drawn, wanted)
     assert len(result) == len(exact)
     for index, triple in enumerate(zip(result, theirs, exact, strict=True)):
@@ -129,12 +128,13 @@ def compare(ours, stock, tensors, mode, ops, *, wanted=None, grad_outputs=None, 
 
 def check_equal(ours, stock, tensors, mode, ops, *, wanted=None, grad_outputs=None):
     """As ``compare``, but to the last bit: for values that every order of summation computes exactly."""
-    dtype = next(iter(tensors.values())).dtype
     theirs, their_grads, drawn = outputs_and_gradients(stock, tensors, grad_outputs, wanted)
-    with running_on(mode, *ops, dtype=dtype):
+    with running_on(mode, *ops):
         result, our_grads, _ = outputs_and_gradients(ours, tensors, drawn, wanted)
     for index, (a, b) in enumerate(zip(result, theirs, strict=True)):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=index: f"output {i}: {m}")
+        torch.testing.assert_close(
+            a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=index: f"output {i}: {m}"
+        )
     for name, b in their_grads.items():
         torch.testing.assert_close(
             our_grads[name], b, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"grad of {n}: {m}"
@@ -193,7 +193,9 @@ LSTM_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 def lstm_names(num_layers=1, bidirectional=False, bias=True, proj_size=0):
     """Parameter names in torch's flat order."""
     kinds = [n for n in LSTM_NAMES if (bias or "bias" not in n) and (proj_size or n != "weight_hr")]
-    suffixes = [f"_l{i}{r}" for i in range(num_layers) for r in (("", "_reverse") if bidirectional else ("",))]
+    suffixes = [
+        f"_l{i}{r}" for i in range(num_layers) for r in (("", "_reverse") if bidirectional else ("",))
+    ]
     return [kind + suffix for suffix in suffixes for kind in kinds]
 
 

@@ -1,7 +1,10 @@
 """Fixtures of the whole suite: which backend a test runs on, and a fixed seed for each test."""
 
 import os
-import warnings
+
+# Before torch starts its threads: waiting threads sleep, so that a busy machine slows the suite little.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import zlib
 from pathlib import Path
 
@@ -67,10 +70,3 @@ def compiled():
     """For a test of the compiled kernels only."""
     require_compiled()
     return "compiled"
-
-
-@pytest.fixture
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

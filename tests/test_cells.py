@@ -9,7 +9,13 @@ import cnnrnn_ext as cx
 from _oracle import compare, running_on
 
 OPS = ["lstm_cell"]
-SHAPES = {"small": (3, 7, 6), "one": (1, 1, 1), "odd": (5, 13, 19), "wide": (17, 16, 33), "real": (32, 256, 128)}
+SHAPES = {
+    "small": (3, 7, 6),
+    "one": (1, 1, 1),
+    "odd": (5, 13, 19),
+    "wide": (17, 16, 33),
+    "real": (32, 256, 128),
+}
 
 
 def cell_tensors(n, i, h, bias=True, dtype=torch.float32):
@@ -72,7 +78,9 @@ NAMES = ("input", "h", "c", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 @pytest.mark.parametrize(
-    "wanted", [(n,) for n in NAMES] + [tuple(m for m in NAMES if m != n) for n in NAMES], ids=lambda w: f"{len(w)} {w[0]}"
+    "wanted",
+    [(n,) for n in NAMES] + [tuple(m for m in NAMES if m != n) for n in NAMES],
+    ids=lambda w: f"{len(w)} {w[0]}",
 )
 def test_any_subset_of_gradients(mode, wanted):
     compare(ours, stock, cell_tensors(3, 5, 6), mode, OPS, wanted=list(wanted))

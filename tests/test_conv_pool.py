@@ -28,6 +28,7 @@ CONFIGS = {
     "tall": ((1, 2, 67, 5, 17, 3), {}),
     "many channels": ((2, 33, 8, 9, 34, 3), {}),
     "one channel": ((5, 1, 28, 28, 32, 3), {}),
+    "colour frames": ((4, 3, 28, 28, 32, 3), {}),
     "kernel 1": ((2, 6, 8, 8, 9, 1), {}),
     "kernel 5": ((2, 3, 15, 14, 8, 5), {}),
     "kernel 2x4": ((2, 3, 9, 12, 8, (2, 4)), {}),
@@ -192,7 +193,9 @@ def test_zero_has_no_gradient(mode):
 @pytest.mark.pure
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=["nan", "inf", "-inf"])
-@pytest.mark.parametrize("options", [{}, {"pool_size": 3, "pool_stride": 2, "pool_padding": 1}], ids=["2", "3/2"])
+@pytest.mark.parametrize(
+    "options", [{}, {"pool_size": 3, "pool_stride": 2, "pool_padding": 1}], ids=["2", "3/2"]
+)
 def test_special_value_at_each_position(mode, activation, value, options):
     """NaN wins its window and passes the gradient, as in torch; infinities compare as numbers."""
     for position in range(16):
@@ -322,7 +325,13 @@ def test_zero_size_batch(mode, shape):
 UNCOVERED = {
     **{a: {"activation": a} for a in ("relu6", "leaky_relu", "tanh", "sigmoid", "gelu", "silu", "elu")},
     "pool avg": {"pool": "avg"},
-    "pool avg, padded": {"pool": "avg", "pool_size": 3, "pool_stride": 2, "pool_padding": 1, "ceil_mode": True},
+    "pool avg, padded": {
+        "pool": "avg",
+        "pool_size": 3,
+        "pool_stride": 2,
+        "pool_padding": 1,
+        "ceil_mode": True,
+    },
     "pool none": {"pool": "none"},
     "tanh, no pool": {"activation": "tanh", "pool": "none"},
     "window too large": {"pool_size": (16, 16), "padding": 8},
@@ -351,7 +360,15 @@ CONFIGS_1D = {
     "default": ((2, 3, 20, 5, 3), {}),
     "everything": (
         (2, 4, 31, 6, 3),
-        {"stride": 2, "padding": 2, "dilation": 2, "groups": 2, "pool_size": 3, "pool_stride": 2, "pool_padding": 1},
+        {
+            "stride": 2,
+            "padding": 2,
+            "dilation": 2,
+            "groups": 2,
+            "pool_size": 3,
+            "pool_stride": 2,
+            "pool_padding": 1,
+        },
     ),
     "same, ceil": ((2, 3, 21, 6, 5), {"padding": "same", "ceil_mode": True, "activation": "none"}),
 }

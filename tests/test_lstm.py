@@ -112,7 +112,9 @@ SUBSETS = [
 ]
 
 
-@pytest.mark.parametrize("wanted", SUBSETS, ids=lambda s: "+".join(s) if len(s) < 4 else f"{len(s)} of 7: {s[0]}..")
+@pytest.mark.parametrize(
+    "wanted", SUBSETS, ids=lambda s: "+".join(s) if len(s) < 4 else f"{len(s)} of 7: {s[0]}.."
+)
 def test_any_subset_of_gradients(mode, wanted):
     compare(*both(), tensors_for(4, 3, 5, 6), mode, OPS, wanted=list(wanted))
 
@@ -123,7 +125,9 @@ def test_reverse_direction_only(mode):
 
 
 @pytest.mark.parametrize(
-    "used", [u for u in itertools.product((True, False), repeat=3) if any(u)], ids=lambda u: "".join(map(str, map(int, u)))
+    "used",
+    [u for u in itertools.product((True, False), repeat=3) if any(u)],
+    ids=lambda u: "".join(map(str, map(int, u))),
 )
 def test_any_subset_of_outputs_in_the_loss(mode, used):
     """output, h_n and c_n enter the loss in every combination."""

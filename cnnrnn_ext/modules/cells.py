@@ -30,8 +30,10 @@ class LSTMCell(nn.RNNCellBase):
         batched = input.dim() == 2
         if hx is not None:
             for name, state in zip(("h", "c"), hx, strict=True):
+                if state.dim() not in (1, 2):
+                    raise ValueError(f"LSTMCell: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
                 if state.dim() != input.dim():
-                    raise ValueError(
+                    raise RuntimeError(
                         f"LSTMCell: Expected {name} to be {input.dim()}D as input, got {state.dim()}D instead"
                     )
         if not batched:

@@ -38,7 +38,8 @@ struct VectorMath {
     const vf y = vmax(broadcast(-87.3f), vmin(broadcast(88.8f), -x));
     const ExpParts e = exp_parts(y);
     const vf one = broadcast(1.0f);
-    return one / (one + (e.scale + e.scale * e.p));
+    // Not scale + scale * p: where scale is inf and p < 0, that is NaN.
+    return one / (one + e.scale * (one + e.p));
   }
 
   // Near 0 an odd polynomial, elsewhere 1 - 2 / (e^2|x| + 1) with x's sign.

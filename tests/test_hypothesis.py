@@ -1,0 +1,111 @@
+"""Random configurations of conv_pool2d and lstm on the compiled kernels, against the reference."""
+
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import cnnrnn_ext as cx
+from _oracle import check_error, lstm_tensors, our_lstm, outputs_and_gradients, running_on
+from conftest import require_compiled
+
+SETTINGS = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
+
+
+def against_reference(function, tensors, ops, wanted):
+    """The rule of error, with the float64 reference (itself tested against torch.nn) as the oracle."""
+    with cx.backend("reference"):
+        theirs, their_grads, grads = outputs_and_gradients(function, tensors, wanted=wanted)
+        exact, exact_grads, _ = outputs_and_gradients(
+            function, {k: v.double() for k, v in tensors.items()}, grads, wanted
+        )
+    with running_on("compiled", *ops):
+        ours, our_grads, _ = outputs_and_gradients(function, tensors, grads, wanted)
+    for index, triple in enumerate(zip(ours, theirs, exact, strict=True)):
+        check_error(f"output {index}", *triple)
+    for name in wanted:
+        check_error(f"grad of {name}", our_grads[name], their_grads[name], exact_grads[name])
+
+
+def pairs(low, high):
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+@st.composite
+def convolutions(draw):
+    groups = draw(st.integers(1, 3))
+    channels, outputs = groups * draw(st.integers(1, 5)), groups * draw(st.integers(1, 9))
+    kernel, stride, dilation = draw(pairs(1, 4)), draw(pairs(1, 3)), draw(pairs(1, 2))
+    padding = draw(pairs(0, 3))
+    pool_size, pool_stride = draw(pairs(1, 4)), draw(pairs(1, 4))
+    pool_padding = tuple(draw(st.integers(0, size // 2)) for size in pool_size)
+    size = draw(pairs(1, 24))
+    conv = [(size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
+    assume(all(c + 2 * p >= w for c, p, w in zip(conv, pool_padding, pool_size, strict=True)))
+    assume(min(conv) >= 1)
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "activation": draw(st.sampled_from(["relu", "none"])),
+        "pool_size": pool_size,
+        "pool_stride": pool_stride,
+        "pool_padding": pool_padding,
+        "ceil_mode": draw(st.booleans()),
+    }
+    shapes = {
+        "input": (draw(st.integers(0, 3)), channels, *size),
+        "weight": (outputs, channels // groups, *kernel),
+    }
+    if draw(st.booleans()):
+        shapes["bias"] = (outputs,)
+    layout = draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))
+    return options, shapes, layout, draw(st.integers(0, 2**31))
+
+
+@SETTINGS
+@given(convolutions())
+def test_conv_pool2d(case):
+    """Values in eighths: exact before the pool in both dtypes, so that rounding decides no winner."""
+    require_compiled()
+    options, shapes, layout, seed = case
+    torch.manual_seed(seed)
+    tensors = {k: torch.randint(-24, 25, shape).float() / 8 for k, shape in shapes.items()}
+    tensors["input"] = tensors["input"].contiguous(memory_format=layout)
+
+    def function(**operands):
+        return cx.functional.conv_pool2d(**operands, **options)
+
+    against_reference(function, tensors, ["conv_pool2d"], list(tensors))
+
+
+@SETTINGS
+@given(
+    st.fixed_dictionaries(
+        {
+            "t": st.integers(1, 9),
+            "n": st.integers(0, 20),
+            "i": st.integers(1, 40),
+            "h": st.integers(1, 40),
+        }
+    ),
+    st.fixed_dictionaries(
+        {"num_layers": st.integers(1, 3), "bidirectional": st.booleans(), "bias": st.booleans()}
+    ),
+    st.integers(0, 2**31),
+)
+def test_lstm(shape, options, seed):
+    require_compiled()
+    torch.manual_seed(seed)
+    tensors = lstm_tensors(**shape, **options)
+
+    def function(**operands):
+        return our_lstm(**operands, _options=options)
+
+    against_reference(function, tensors, ["lstm"], list(tensors))
