@@ -51,12 +51,13 @@ class Conv:
         return F.max_pool2d(y, self.pool, self.pool_stride, self.pool_padding, ceil_mode=self.ceil_mode)
 
 
-# The first four take the 3x3 kernel (its three tile shapes), the others the general one.
+# The first five take the 3x3 kernel (its three tile shapes), the others the general one.
 CONVS = {
     "odd": Conv((2, 5, 15, 17), 9),
     "wide": Conv((1, 2, 6, 66), 3, padding=(0, 0), activation="none", channels_last=True),
     "tall": Conv((2, 1, 66, 7), 8, bias=False),
     "square_grouped": Conv((1, 6, 30, 28), 4, groups=2),
+    "many_windows": Conv((3, 2, 40, 41), 2),  # more than one slice of the weight gradient's sum
     "ceil": Conv((2, 3, 8, 9), 5, padding=(0, 0), ceil_mode=True),
     "overlapping_pool": Conv((2, 3, 11, 10), 6, pool=(3, 3), pool_padding=(1, 1), channels_last=True),
     "rectangles": Conv((1, 4, 9, 13), 3, (2, 5), (1, 2), (0, 2), pool=(1, 3), pool_stride=(1, 2)),
