@@ -90,7 +90,8 @@ class LstmBackward {
       for (int64_t d = 0; d < D; ++d) {
         if (out.x) grad_input(d, worker, workers);
         if (out.h_0) grad_state(d, worker, workers);
-        if (out.weight_ih[d]) grad_weights(d, worker, workers, slabs[worker]);
+        // Without input grad_weight_ih is empty, its address null, and grad_weight_hh still wanted.
+        if (out.weight_hh[d]) grad_weights(d, worker, workers, slabs[worker]);
         if (out.bias[d]) {
           const Share share(4 * H, worker, workers);
           k.sum_rows(d_at(d, 0), d_stride(), p.rows(), share.first, share.last, out.bias[d]);

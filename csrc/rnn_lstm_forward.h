@@ -101,6 +101,7 @@ class LstmForward {
     LstmForwardStep<T> step{};
     step.rows = rows, step.hidden = H, step.input = p.input;
     step.downward = s % 2 == 1;
+    step.projected = !fused_;
     if (fused_) {
       step.x = p.x + (t * N + row) * p.input, step.x_stride = p.input;
       step.w = direct_ ? p.weight_ih[d] : w_ + d * packed(p.input);

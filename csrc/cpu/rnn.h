@@ -3,7 +3,7 @@
 // Every matrix product is rows of A times a packed panel of B: 4 vectors of columns side by side,
 // [K][4][lanes], so that a tile of rows x 4 vectors of accumulators reads B with unit stride. Work is cut
 // into tasks, numbered panel by panel and, within a panel, from one tile of rows to the next; a caller may
-// hand any range of tasks to any thread, and the result does not depend on the cut.
+// hand any range of tasks to any thread: the same tasks give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,9 @@ namespace cnnrnn {
 template <typename T>
 struct LstmForwardStep {
   int64_t rows, hidden, input;
-  bool downward;  // tasks in falling order: every other step, so that what is in cache is used first
-  const T* x;     // [rows, input], or null: then `gates` holds x * W already
+  bool downward;   // tasks in falling order: every other step, so that what is in cache is used first
+  bool projected;  // `gates` holds x * W already; x and w are not read
+  const T* x;      // [rows, input]
   int64_t x_stride;
   const T* w;  // packed [ceil(hidden / lanes)][input][4][lanes]
   const T* h;  // [rows, hidden]: the state before

@@ -67,13 +67,13 @@ struct ForwardTile {
       prefetch(s.c + (row + r) * s.c_stride + unit);
     }
     Vec<T> acc[Rows][4] = {};
-    if (s.x)
+    if (!s.projected)
       add_product<T, Rows>(acc, s.x + row * s.x_stride, s.x_stride, s.w + panel * s.input * kPanel<T>,
                            s.input);
     add_product<T, Rows>(acc, s.h + row * s.h_stride, s.h_stride, s.r + panel * s.hidden * kPanel<T>,
                          s.hidden);
     for (int r = 0; r < Rows; ++r) {
-      if (!s.x)
+      if (s.projected)
         for (int g = 0; g < 4; ++g)
           acc[r][g] += load_n(s.gates + (row + r) * s.gates_stride + g * s.hidden + unit, n);
       if (s.bias)
