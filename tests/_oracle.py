@@ -56,11 +56,20 @@ def error(values, oracle):
     return difference.max().item(), difference.square().mean().sqrt().item()
 
 
-def check_error(name, ours, stock, oracle, factor=2.0):
-    """Our error against the float64 oracle is at most twice that of torch's own kernel of this dtype."""
+def largest(tensors):
+    """The largest finite magnitude in them, 0 if there is none."""
+    finite = [t[t.isfinite()].abs() for t in tensors]
+    return max((f.max().item() for f in finite if f.numel()), default=0.0)
+
+
+def check_error(name, ours, stock, oracle, factor=2.0, scale=None):
+    """Our error against the float64 oracle is at most twice that of torch's own kernel of this dtype.
+
+    Args:
+        scale: the magnitude whose rounding is the floor of the limit; by default the oracle's largest.
+    """
     assert ours.dtype == stock.dtype, f"{name}: dtype {ours.dtype}, expected {stock.dtype}"
-    finite = oracle[oracle.isfinite()].abs()
-    scale = finite.max().item() if finite.numel() else 0.0
+    scale = largest([oracle]) if scale is None else scale
     floor = ROUNDING[ours.dtype] * torch.finfo(ours.dtype).eps * scale
     try:
         pairs = zip(error(ours, oracle), error(stock, oracle), ("largest", "rms"), strict=True)
