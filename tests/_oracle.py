@@ -155,9 +155,21 @@ def check_equal(ours, stock, tensors, mode, ops, *, wanted=None, grad_outputs=No
 
 
 def stock_conv_pool2d(
-    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation="relu", pool="max",
-    pool_size=2, pool_stride=None, pool_padding=0, ceil_mode=False,
-):  # fmt: skip
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    activation="relu",
+    pool="max",
+    pool_size=2,
+    pool_stride=None,
+    pool_padding=0,
+    ceil_mode=False,
+):
     """conv_pool2d from torch.nn's modules, independent of cnnrnn_ext.reference."""
     activations = {
         "none": torch.nn.Identity(),

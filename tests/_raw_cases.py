@@ -41,8 +41,13 @@ def conv_backward_operands():
     operands = conv_operands()
     y, code = operators.conv_pool2d_train(**operands)
     return {
-        "grad_y": torch.randn_like(y), **operands, "code": code, "need_x": True, "need_weight": True, "need_bias": True,
-    }  # fmt: skip
+        "grad_y": torch.randn_like(y),
+        **operands,
+        "code": code,
+        "need_x": True,
+        "need_weight": True,
+        "need_bias": True,
+    }
 
 
 def lstm_operands(d=1):
@@ -87,8 +92,12 @@ def cell_backward_operands():
     operands = cell_operands()
     h_1, c_1, reserve = operators.lstm_cell_train(**operands)
     return {
-        "grad_h_1": torch.randn_like(h_1), "grad_c_1": torch.randn_like(c_1), **operands, "reserve": reserve, **NEEDS,
-    }  # fmt: skip
+        "grad_h_1": torch.randn_like(h_1),
+        "grad_c_1": torch.randn_like(c_1),
+        **operands,
+        "reserve": reserve,
+        **NEEDS,
+    }
 
 
 # ---- what is wrong, by argument; the message must name that argument ----
@@ -121,17 +130,27 @@ CONV = {
     },
     "stride": {"zero": [0, 1], "negative": [1, -1], "three": [1, 1, 1], "none": []},
     "padding": {"negative": [-1, 0], "three": [0, 0, 0], "huge": [HUGE, HUGE], "large": [2**40, 0]},
-    "dilation": {"zero": [0, 1], "negative": [1, -2], "huge": [HUGE, 1], "wraps to small": [2**63 - 1, 2**63 - 1]},
+    "dilation": {
+        "zero": [0, 1],
+        "negative": [1, -2],
+        "huge": [HUGE, 1],
+        "wraps to small": [2**63 - 1, 2**63 - 1],
+    },
     "groups": {"zero": 0, "negative": -1, "not a divisor": 3, "huge": HUGE},
     "activation": {"unknown": "swish!", "empty": ""},
     "pool": {"unknown": "median", "empty": ""},
     "pool_size": {
-        "zero": [0, 2], "negative": [2, -2], "larger than the map": [7, 2], "three": [2, 2, 2],
-        "more than a code holds": [2**16, 2**16], "huge": [HUGE, HUGE], "product wraps to 0": [2**32, 2**32],
-    },  # fmt: skip
+        "zero": [0, 2],
+        "negative": [2, -2],
+        "larger than the map": [7, 2],
+        "three": [2, 2, 2],
+        "more than a code holds": [2**16, 2**16],
+        "huge": [HUGE, HUGE],
+        "product wraps to 0": [2**32, 2**32],
+    },
     "pool_stride": {"zero": [0, 2], "negative": [2, -1], "three": [2, 2, 2]},
     "pool_padding": {"negative": [-1, 0], "more than half": [2, 0], "huge": [HUGE, 0]},
-}  # fmt: skip
+}
 CONV_BACKWARD = {
     **CONV,
     "grad_y": {
@@ -163,12 +182,16 @@ def spoiled(*shape):
 
 def lists(*shape):
     """Wrong lists of weights: each wrong tensor alone, and lists of another length."""
-    wrong = {name: [tensor] for name, tensor in spoiled(*shape).items()} if len(shape) > 1 else {
-        "length": [torch.randn(shape[0] + 1)],
-        "rank": [torch.randn(*shape, 1)],
-        "float64": [torch.randn(*shape, dtype=torch.float64)],
-        "meta": [torch.empty(*shape, device="meta")],
-    }  # fmt: skip
+    wrong = (
+        {name: [tensor] for name, tensor in spoiled(*shape).items()}
+        if len(shape) > 1
+        else {
+            "length": [torch.randn(shape[0] + 1)],
+            "rank": [torch.randn(*shape, 1)],
+            "float64": [torch.randn(*shape, dtype=torch.float64)],
+            "meta": [torch.empty(*shape, device="meta")],
+        }
+    )
     return {**wrong, "two": [torch.randn(*shape)] * 2, "three": [torch.randn(*shape)] * 3}
 
 
@@ -271,7 +294,7 @@ def main(start):
         torch.manual_seed(index)
         try:
             function()
-        except Exception as error:  # noqa: BLE001 - which type it is, is what the test asks
+        except Exception as error:  # which type it is, is what the test asks
             outcome = {"type": type(error).__name__, "message": str(error)}
         else:
             outcome = {"type": None, "message": ""}

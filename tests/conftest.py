@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from _oracle import compiled_missing
 
 import cnnrnn_ext
-from _oracle import compiled_missing
 
 PURE = os.environ.get("CNNRNN_TEST_PURE") == "1"
 REQUIRED = os.environ.get("CNNRNN_REQUIRE_EXT", "").lower() in ("1", "on", "true")

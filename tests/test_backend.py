@@ -4,9 +4,9 @@ import threading
 
 import pytest
 import torch
+from _oracle import compiled_missing, expected_kernel
 
 import cnnrnn_ext as cx
-from _oracle import compiled_missing, expected_kernel
 from cnnrnn_ext import _library
 
 OPERATORS = [schema.split("(")[0] for schema in _library.schemas()]

@@ -1,4 +1,4 @@
-"""Wrong input to functional, module and raw operator: torch's exception type, naming the argument; no crash."""
+"""Wrong input to functional, module and raw operator: torch's exception type, the argument named, no crash."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from _oracle import compiled_missing
+from _raw_cases import CASES, OTHER_CASES
 from torch import nn
 
 import cnnrnn_ext as cx
-from _oracle import compiled_missing
-from _raw_cases import CASES, OTHER_CASES
 
 HERE = Path(__file__).parent
 
@@ -29,8 +29,12 @@ def run_raw_cases():
     while start < len(cases):
         process = subprocess.run(
             [sys.executable, str(HERE / "_raw_cases.py"), str(start)],
-            env=environment, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
         lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
         for line in lines:
             if "end" in line:
@@ -87,7 +91,7 @@ def test_code_outside_its_window_passes_no_gradient(compiled):
 def raised(function):
     try:
         function()
-    except Exception as error:  # noqa: BLE001 - which type it is, is what the test asks
+    except Exception as error:  # which type it is, is what the test asks
         return error
     return None
 
@@ -339,11 +343,18 @@ def lstm_call(**spoiled):
 
 
 LSTM_FUNCTIONAL = {
-    **{f"{n} {k}": (n, v) for n in ("h_0", "c_0") for k, v in {
-        "batch": torch.randn(1, 3, 5), "width": torch.randn(1, 2, 4), "rank": torch.randn(2, 5),
-        "directions": torch.randn(2, 2, 5), "dtype": torch.randn(1, 2, 5).double(),
-        "device": torch.empty(1, 2, 5, device="meta"),
-    }.items()},
+    **{
+        f"{n} {k}": (n, v)
+        for n in ("h_0", "c_0")
+        for k, v in {
+            "batch": torch.randn(1, 3, 5),
+            "width": torch.randn(1, 2, 4),
+            "rank": torch.randn(2, 5),
+            "directions": torch.randn(2, 2, 5),
+            "dtype": torch.randn(1, 2, 5).double(),
+            "device": torch.empty(1, 2, 5, device="meta"),
+        }.items()
+    },
     "weight_ih width": ("weight_ih", torch.randn(20, 4)),
     "weight_ih dtype": ("weight_ih", torch.randn(20, 3).double()),
     "weight_ih device": ("weight_ih", torch.empty(20, 3, device="meta")),
@@ -354,7 +365,7 @@ LSTM_FUNCTIONAL = {
     "bias_hh dtype": ("bias_hh", torch.randn(20).half()),
     "input rank": ("input", torch.randn(4, 3)),
     "input rank 4": ("input", torch.randn(4, 2, 3, 1)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.pure
@@ -431,10 +442,14 @@ def test_cell_module(mode, name):
 )
 def test_cell_functional(mode, argument, value):
     operands = {
-        "input": torch.randn(2, 3), "h": torch.randn(2, 5), "c": torch.randn(2, 5),
-        "weight_ih": torch.randn(20, 3), "weight_hh": torch.randn(20, 5),
-        "bias_ih": torch.randn(20), "bias_hh": torch.randn(20),
-    }  # fmt: skip
+        "input": torch.randn(2, 3),
+        "h": torch.randn(2, 5),
+        "c": torch.randn(2, 5),
+        "weight_ih": torch.randn(20, 3),
+        "weight_hh": torch.randn(20, 5),
+        "bias_ih": torch.randn(20),
+        "bias_hh": torch.randn(20),
+    }
     x, h, c, *weights = {**operands, argument: value}.values()
     error = TypeError if isinstance(value, float) else RuntimeError
     with cx.backend(mode), pytest.raises(error, match=argument):

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
+from _oracle import compare, running_on
 
 import cnnrnn_ext as cx
-from _oracle import compare, running_on
 
 OPS = ["lstm_cell"]
 SHAPES = {

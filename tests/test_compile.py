@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from _oracle import compiled_missing
 from torch._inductor.compile_fx import compile_fx
 
 import cnnrnn_ext as cx
-from _oracle import compiled_missing
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +63,12 @@ def test_dynamic_batch_does_not_recompile():
     model = small_model()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
     for batch in (4, 5, 7):  # 3 would be taken for the number of frames
         check(compiled, model, torch.randn(batch, 3, 1, 12, 12))
-    assert counter.frame_count == 1
+        compilations.append(counter.frame_count)
+    assert compilations[0] > 0
+    assert compilations[1:] == compilations[:1] * 2
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -120,24 +123,23 @@ def test_export_with_dynamic_batch():
         assert any("cnnrnn_ext" in str(node.target) for node in program.graph.nodes)
 
 
-@pytest.mark.parametrize("name", ["vmap", "jvp"])
-def test_functional_transforms_work_or_raise(name):
-    """vmap and forward-mode derivatives have no rule of ours: an answer must be right, or an error."""
-    x, w = torch.randn(3, 2, 1, 6, 6), torch.randn(2, 1, 3, 3)
+def test_forward_mode_derivatives_run_on_the_reference():
+    """The operators have no forward-mode rule: a tangent must not be dropped in silence."""
+    x, w, tangent = torch.randn(2, 1, 6, 6), torch.randn(2, 1, 3, 3), torch.randn(2, 1, 6, 6)
 
     def function(t):
         return cx.functional.conv_pool2d(t, w)
 
-    try:
-        if name == "vmap":
-            result = torch.func.vmap(function)(x)
-            expected = torch.stack([function(t) for t in x])
-        else:
-            tangent = torch.randn_like(x[0])
-            result = torch.func.jvp(function, (x[0],), (tangent,))[1]
-            with cx.backend("reference"):
-                expected = torch.func.jvp(function, (x[0],), (tangent,))[1]
-    except (RuntimeError, NotImplementedError) as error:
-        assert "cnnrnn_ext" in str(error) or "conv_pool2d" in str(error)
-    else:
-        torch.testing.assert_close(result, expected)
+    with cx.trace() as log:
+        result = torch.func.jvp(function, (x,), (tangent,))[1]
+    assert [c.backend for c in log] == ["reference"]
+    assert compiled_missing() or "forward-mode" in log[0].reason
+    step = 1e-3 * tangent
+    expected = (function(x + step) - function(x - step)) / 2e-3
+    torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_vmap():
+    x, w = torch.randn(3, 2, 1, 6, 6), torch.randn(2, 1, 3, 3)
+    result = torch.func.vmap(lambda t: cx.functional.conv_pool2d(t, w))(x)
+    torch.testing.assert_close(result, cx.functional.conv_pool2d(x.flatten(0, 1), w).unflatten(0, (3, 2)))

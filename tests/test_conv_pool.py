@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from _oracle import check_equal, compare, conv_tensors, running_on, stock_conv_pool2d, whole
 
 import cnnrnn_ext as cx
-from _oracle import check_equal, compare, conv_tensors, running_on, stock_conv_pool2d, whole
 
 OPS = ["conv_pool2d"]
 
@@ -375,9 +375,20 @@ CONFIGS_1D = {
 
 
 def stock_conv_pool1d(
-    input, weight, bias, stride=1, padding=0, dilation=1, groups=1, *, activation="relu", pool_size=2,
-    pool_stride=None, pool_padding=0, ceil_mode=False,
-):  # fmt: skip
+    input,
+    weight,
+    bias,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    activation="relu",
+    pool_size=2,
+    pool_stride=None,
+    pool_padding=0,
+    ceil_mode=False,
+):
     y = F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     y = torch.relu(y) if activation == "relu" else y
     return F.max_pool1d(y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)

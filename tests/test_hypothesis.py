@@ -1,12 +1,12 @@
 """Random configurations of conv_pool2d and lstm on the compiled kernels, against the reference."""
 
 import torch
+from _oracle import check_error, largest, lstm_tensors, our_lstm, outputs_and_gradients, running_on
+from conftest import require_compiled
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import cnnrnn_ext as cx
-from _oracle import check_error, largest, lstm_tensors, our_lstm, outputs_and_gradients, running_on
-from conftest import require_compiled
 
 SETTINGS = settings(
     max_examples=150,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from _oracle import check_error, compare, conv_tensors, lstm_tensors, our_lstm, stock_conv_pool2d, stock_lstm
 
 import cnnrnn_ext as cx
-from _oracle import check_error, compare, conv_tensors, lstm_tensors, our_lstm, stock_conv_pool2d, stock_lstm
 from cnnrnn_ext import _library
 
 ISAS = ("baseline", "avx2", "avx512")  # narrow to wide
@@ -45,9 +45,17 @@ def test_suite_on_each_isa(compiled, isa):
         pytest.skip(f"{isa} is what the rest of this run uses")
     tests = Path(__file__).parent
     result = run_python(
-        "-m", "pytest", "-p", "no:cacheprovider", "-m", "isa", "-k", "not reference",
-        *(str(tests / f"test_{name}.py") for name in ("conv_pool", "lstm", "cells")), isa=isa,
-    )  # fmt: skip
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "isa",
+        "-k",
+        "not reference",
+        *(str(tests / f"test_{name}.py") for name in ("conv_pool", "lstm", "cells")),
+        isa=isa,
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout

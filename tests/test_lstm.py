@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
+from _oracle import compare, lstm_names, lstm_tensors, our_lstm, outputs_and_gradients, running_on, stock_lstm
 
 import cnnrnn_ext as cx
-from _oracle import compare, lstm_names, lstm_tensors, our_lstm, outputs_and_gradients, running_on, stock_lstm
 
 OPS = ["lstm"]
 

@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
+from _oracle import running_on
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import cnnrnn_ext as cx
-from _oracle import running_on
 
 
 def twins(stock_class, our_class, *args, **kwargs):

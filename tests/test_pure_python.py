@@ -35,11 +35,24 @@ def pure(tmp_path_factory):
         shutil.copytree(ROOT / name, sources / name, ignore=leave_out)
     install = subprocess.run(
         [
-            sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
-            "--no-index", "--target", str(target), str(sources),
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--target",
+            str(target),
+            str(sources),
         ],
-        env=environment(CXX="/nonexistent"), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        env=environment(CXX="/nonexistent"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert install.returncode == 0, install.stderr
     return target
 
@@ -63,8 +76,13 @@ def test_one_warning_at_import(pure):
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=environment(PYTHONPATH=str(pure)), cwd=pure, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        env=environment(PYTHONPATH=str(pure)),
+        cwd=pure,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("1 RuntimeWarning")
     assert "no C++ compiler found" in result.stdout
@@ -74,8 +92,12 @@ def test_required_extension_is_an_import_error(pure):
     result = subprocess.run(
         [sys.executable, "-c", "import cnnrnn_ext"],
         env=environment(PYTHONPATH=str(pure), CNNRNN_REQUIRE_EXT="1"),
-        cwd=pure, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=pure,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 1
     assert "ImportError" in result.stderr
     assert "no C++ compiler found" in result.stderr
@@ -86,12 +108,24 @@ def test_suite_on_the_pure_install(pure):
     tests = Path(__file__).parent
     result = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
-            "-m", "pure", *(str(tests / f"test_{name}.py") for name in SELECTION),
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            str(ROOT / "pyproject.toml"),
+            "-m",
+            "pure",
+            *(str(tests / f"test_{name}.py") for name in SELECTION),
         ],
         env=environment(PYTHONPATH=str(pure), CNNRNN_TEST_PURE="1"),
-        cwd=pure, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+        cwd=pure,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     summary = result.stdout.splitlines()[-1]
     assert " passed" in summary

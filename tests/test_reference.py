@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import cnnrnn_ext as cx
 from _oracle import (
     check_error,
     conv_tensors,
@@ -17,6 +15,8 @@ from _oracle import (
     stock_conv_pool2d,
     stock_lstm,
 )
+
+import cnnrnn_ext as cx
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 CONV_OPTIONS = {
@@ -102,9 +102,14 @@ def test_lstm_packed():
         expected, (h_n, c_n) = stock(packed)
         hx = torch.zeros_like(h_n), torch.zeros_like(c_n)
         output, states = cx.reference.lstm(
-            packed.data, hx, list(stock.parameters()), num_layers=2, bidirectional=True,
-            proj_size=proj_size, batch_sizes=packed.batch_sizes,
-        )  # fmt: skip
+            packed.data,
+            hx,
+            list(stock.parameters()),
+            num_layers=2,
+            bidirectional=True,
+            proj_size=proj_size,
+            batch_sizes=packed.batch_sizes,
+        )
         torch.testing.assert_close(output, expected.data)
         torch.testing.assert_close(states, (h_n, c_n))
 
