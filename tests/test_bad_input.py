@@ -1,4 +1,4 @@
-"""Wrong input to functional, module and raw operator: torch's exception type, the argument named, no crash."""
+"""Wrong input to functional, module, raw operator: torch's exception type, the argument named, no crash."""
 
 import json
 import os
