@@ -49,8 +49,8 @@ Pair pair(const char* name, const Ints& values, int64_t least) {
   // The upper bound keeps every product and sum of sizes below within int64.
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   for (int64_t value : values)
-    check(value >= least && value <= most, name, ": expected values from ", least, " to ", most, ", got (", values[0],
-          ", ", values[1], ")");
+    check(value >= least && value <= most, name, ": expected values from ", least, " to ", most, ", got (",
+          values[0], ", ", values[1], ")");
   return {values[0], values[1]};
 }
 
