@@ -345,10 +345,12 @@ def test_quick_run_measures_what_a_stock_network_measures(quick):
     for head, label in test.labels().items():
         right = (logits[head].argmax(1) == label).double().mean().item()
         assert metrics[f"test_accuracy_{head}"] == pytest.approx(right)
-    losses = json.loads((quick / "comparison.json").read_text())["losses"]
+    compared = json.loads((quick / "comparison.json").read_text())
+    losses = compared["losses"]
     assert losses[comparison.FUSED] == pytest.approx(
         progress.losses[:2], abs=1e-5
     )  # the training's own start
+    assert compared["apart"]["ours_exact"] < 1e-12  # three steps in float64 part by rounding alone
 
 
 @pytest.mark.parametrize("name", ["clips.png", "losses.png", "step_times.png"])
@@ -391,9 +393,11 @@ def test_losses_are_compared_while_stock_agrees_with_itself():
         comparison.CHANNELS_LAST: [3.0, 2.0005, 1.1, 0.5],
         comparison.FUSED: [3.0, 1.75, 1.0, 1.0],
     }
-    apart = comparison.compare_losses(losses)
+    exact = {comparison.FUSED: [3.0, 2.0], comparison.NCHW: [3.0, 2.5]}
+    apart = comparison.compare_losses(losses, exact)
     assert (apart["steps"], apart["ours"], apart["stock"]) == (2, 0.25, pytest.approx(0.0005))
     assert (apart["all_steps"], apart["ours_all"], apart["stock_all"]) == (4, 0.5, pytest.approx(0.1))
+    assert (apart["exact_steps"], apart["ours_exact"]) == (2, 0.5)
 
 
 def test_a_failed_comparison_is_reported(tmp_path):

@@ -125,7 +125,7 @@ def _plan(arguments, recipe):
     from cnnrnn_ext.demo.comparison import Plan
 
     if arguments.quick:
-        return Plan(epochs=1, rounds=2, attempts=1, turn_s=0.01, warmup=1)
+        return Plan(epochs=1, exact_steps=3, rounds=2, attempts=1, turn_s=0.01, warmup=1)
     return Plan(epochs=min(Plan.epochs, recipe.epochs))
 
 
@@ -180,6 +180,7 @@ def _metrics(recipe, progress, accuracy, compared, test):
             "max_abs_diff": apart["ours_all"],
             "max_abs_diff_stock_layouts": apart["stock_all"],
         },
+        "loss_curve_float64": {"steps": apart["exact_steps"], "max_abs_diff": apart["ours_exact"]},
         "validation": progress.validation,
         "recipe": asdict(recipe),
         "conditions": compared["conditions"],
@@ -191,7 +192,8 @@ def _print_table(metrics, output):
 
     speedup, control, conditions = metrics["speedup"], metrics["control"], metrics["conditions"]
     step_ms, valid = metrics["step_ms"], metrics["timing_valid"]
-    later, kernels = metrics["loss_curve_all_steps"], "; ".join(conditions["kernels"])
+    later, exact = metrics["loss_curve_all_steps"], metrics["loss_curve_float64"]
+    kernels = "; ".join(conditions["kernels"])
     rows = [
         ("test accuracy, digit", f"{metrics['test_accuracy_digit']:.2%}", f"{metrics['test_clips']} clips"),
         ("test accuracy, direction", f"{metrics['test_accuracy_direction']:.2%}", "of unseen scans"),
@@ -218,6 +220,7 @@ def _print_table(metrics, output):
             f"in {later['steps']} steps, rounding magnified (stock's own layouts: "
             f"{later['max_abs_diff_stock_layouts']:.1e})",
         ),
+        ("", f"{exact['max_abs_diff']:.1e}", f"in {exact['steps']} steps in float64"),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     print()
