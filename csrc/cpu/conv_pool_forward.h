@@ -218,7 +218,7 @@ CNNRNN_INLINE void compete(Vec<T> value, Code<T> position, Vec<T>& best, Code<T>
 }
 
 // ReLU of the pooled value (max and ReLU commute) and the codes of windows that pass no gradient.
-template <typename T>
+template <typename T, bool kCodes>
 CNNRNN_INLINE void finish(bool relu, Vec<T> best, Code<T> code, T* y, T* codes) {
   if (relu) {
     const Code<T> dead = best <= Vec<T>{};
@@ -226,11 +226,11 @@ CNNRNN_INLINE void finish(bool relu, Vec<T> best, Code<T> code, T* y, T* codes) 
     code = dead ? code_of<T>(kDead) : code;
   }
   storeu(y, best);
-  storeu(codes, reinterpret_cast<Vec<T>>(code));
+  if constexpr (kCodes) storeu(codes, reinterpret_cast<Vec<T>>(code));
 }
 
-// One tile made of whole windows of Q positions: the pool is between registers.
-template <typename T, int V, int Q>
+// One tile made of whole windows of Q positions: the pool is between registers. Inference needs no codes.
+template <typename T, int V, int Q, bool kCodes>
 CNNRNN_INLINE void pool_in_registers(bool relu, const Vec<T> (&acc)[kPixels][V], T* y, T* codes) {
   constexpr int L = kLanesOf<T>;
 #pragma GCC unroll 16
@@ -241,7 +241,7 @@ CNNRNN_INLINE void pool_in_registers(bool relu, const Vec<T> (&acc)[kPixels][V],
       Code<T> code{};
 #pragma GCC unroll 4
       for (int q = 1; q < Q; ++q) compete<T>(acc[window * Q + q][v], code_of<T>(q), best, code);
-      finish<T>(relu, best, code, y + (window * V + v) * L, codes + (window * V + v) * L);
+      finish<T, kCodes>(relu, best, code, y + (window * V + v) * L, codes + (window * V + v) * L);
     }
   }
 }
@@ -264,7 +264,7 @@ void pool_map(const ConvPoolShape& s, const T* map, int64_t first, int64_t poole
           for (int64_t cx = left; cx < right; ++cx)
             compete<T>(loadu(at + ((cy - first) * s.conv.w + cx) * V * L),
                        code_of<T>((cy - y0) * s.window.w + cx - x0), best, code);
-        finish<T>(s.relu, best, code, y, codes);
+        finish<T, true>(s.relu, best, code, y, codes);
       }
     }
   }
@@ -306,7 +306,7 @@ void write_block(const ConvPoolShape& s, const T* ys, const T* codes, int64_t la
 }
 
 // One block of V vectors of output channels over a strip: ys and codes [windows, V * L].
-template <typename T, int V>
+template <typename T, int V, bool kCodes>
 void forward_block(const ConvPoolShape& s, const ForwardPlan<T>& plan, const T* base, const int64_t* pixels,
                    int64_t count, const int64_t* taps, const T* packed, T* map, T* ys, T* codes) {
   constexpr int L = kLanesOf<T>;
@@ -319,9 +319,9 @@ void forward_block(const ConvPoolShape& s, const ForwardPlan<T>& plan, const T* 
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) storeu(map + ((p + i) * V + v) * L, acc[i][v]);
     } else if (s.positions() == 4) {
-      pool_in_registers<T, V, 4>(s.relu, acc, ys + p / 4 * V * L, codes + p / 4 * V * L);
+      pool_in_registers<T, V, 4, kCodes>(s.relu, acc, ys + p / 4 * V * L, codes + p / 4 * V * L);
     } else {
-      pool_in_registers<T, V, 2>(s.relu, acc, ys + p / 2 * V * L, codes + p / 2 * V * L);
+      pool_in_registers<T, V, 2, kCodes>(s.relu, acc, ys + p / 2 * V * L, codes + p / 2 * V * L);
     }
   }
 }
@@ -362,7 +362,8 @@ void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t*
       const T* group_base = base + g * s.group_channels() * plan.channel_stride;
       for (int64_t v = 0; v < plan.vectors; v += kBlockVectors) {
         const int64_t wide = smaller(kBlockVectors, plan.vectors - v);
-        const auto block = wide == 2 ? forward_block<T, 2> : forward_block<T, 1>;
+        const auto block = code ? (wide == 2 ? forward_block<T, 2, true> : forward_block<T, 1, true>)
+                                : (wide == 2 ? forward_block<T, 2, false> : forward_block<T, 1, false>);
         block(s, plan, group_base, pixels, count, taps, weights, map, ys, codes);
         if (!plan.in_registers)
           (wide == 2 ? pool_map<T, 2> : pool_map<T, 1>)(s, map, first, row, rows, ys, codes);

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kBufferBytes = 262144;  // of a strip: stays in L2
 constexpr int64_t kBucketWindows = 32;    // windows whose buckets exist at once
 constexpr int64_t kBucketOutputs = 64;    // output channels of a bucket
-constexpr int64_t kWeightRows = 1;        // footprint rows at a time: those of a bucket's weights stay in L1
+constexpr int64_t kWeightVectors = 8;     // of a footprint at a time: those of a bucket's weights stay in L1
 
 template <typename T>
 struct InputPlan {
@@ -118,12 +118,13 @@ void scatter_strip(const ConvPoolShape& s, const InputPlan<T>& plan, const Bucke
   const int64_t window_stride = s.channels_last ? s.outputs : 1;
   const int64_t output_stride = s.channels_last ? 1 : s.windows();
   const int64_t slab = plan.footprint.slab, positions = s.positions();
+  const int64_t weight_rows = smaller(kMaxRows, larger(1, kWeightVectors / plan.footprint.vectors));
   for (int64_t w0 = first; w0 < last; w0 += kBucketWindows) {
     const int64_t windows = smaller(kBucketWindows, last - w0);
     for (int64_t k0 = 0; k0 < s.group_outputs(); k0 += plan.outputs) {
       const int64_t from = k0 * output_stride + w0 * window_stride;
       buckets.fill(grad_y + from, code + from, windows, smaller(plan.outputs, s.group_outputs() - k0));
-      plan.footprint.for_each_part(s, plan.width, false, kWeightRows, [&](const Part<T>& part) {
+      plan.footprint.for_each_part(s, plan.width, false, weight_rows, [&](const Part<T>& part) {
         for (int64_t w = 0; w < windows; ++w) {
           const int64_t py = (w0 + w) / s.pooled.w - row, px = (w0 + w) % s.pooled.w;
           T* origin = buffer + (py * s.step.h * s.stride.h * plan.width + px * s.step.w * s.stride.w) * slab;
