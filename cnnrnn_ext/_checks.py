@@ -5,7 +5,7 @@ import numbers
 import torch
 
 from cnnrnn_ext import reference
-from cnnrnn_ext.ops import conv_pool2d_sizes
+from cnnrnn_ext._fake_kernels import conv_pool2d_sizes
 
 
 def check_tensor(name, value):

@@ -6,10 +6,12 @@ what each needs beside its compiled kernels.
 
 import torch
 
-from cnnrnn_ext import _library, _operator_reference, reference
+from cnnrnn_ext import _fake_kernels, _library, _operator_reference, reference
 
 NAMESPACE = "cnnrnn_ext"
 CODE_POSITIONS = 255  # a code byte names one of so many positions of a pooling window
+
+NAMES = [schema.split("(")[0] for schema in _library.schemas()]
 
 _registrations = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -22,121 +24,22 @@ def _register_schemas():
 
 def _register_fallbacks():
     """Where a device has no compiled kernel, the raw operator runs in plain PyTorch."""
-    for schema in _library.schemas():
-        name = schema.split("(")[0]
+    for name in NAMES:
         _registrations.impl(name, getattr(_operator_reference, name), "CompositeExplicitAutograd")
 
 
 def _register_autocast():
     # The compiled kernels compute in float32: under autocast a raw operator stays there.
     # (functional casts to the autocast dtype itself where a kernel or the reference takes it.)
-    for schema in _library.schemas():
-        name = f"{NAMESPACE}::{schema.split('(')[0]}"
+    for name in NAMES:
         for device in ("cpu", "cuda"):
-            torch.library.register_autocast(name, device, torch.float32)
+            torch.library.register_autocast(f"{NAMESPACE}::{name}", device, torch.float32)
 
 
-# ---- fake kernels: shapes and layouts without data ----
-
-
-def pooled_size(size, kernel, stride, padding, ceil_mode):
-    """Number of pooling windows along one dimension, by torch's rule: the last window starts inside."""
-    count = size + 2 * padding - kernel + (stride - 1 if ceil_mode else 0)
-    count = count // stride + 1
-    if ceil_mode and (count - 1) * stride >= size + padding:
-        count -= 1
-    return count
-
-
-def conv_pool2d_sizes(x, weight, stride, padding, dilation, pool_size, pool_stride, pool_padding, ceil_mode):
-    """((conv height, conv width), (pooled height, pooled width))."""
-    conv = tuple(
-        (x.shape[d + 2] + 2 * padding[d] - dilation[d] * (weight.shape[d + 2] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    )
-    pooled = tuple(
-        pooled_size(conv[d], pool_size[d], pool_stride[d], pool_padding[d], ceil_mode) for d in (0, 1)
-    )
-    return conv, pooled
-
-
-def _fake_conv_pool2d_train(
-    x, weight, bias, stride, padding, dilation, groups, activation, pool,
-    pool_size, pool_stride, pool_padding, ceil_mode,
-):  # fmt: skip
-    _, (height, width) = conv_pool2d_sizes(
-        x, weight, stride, padding, dilation, pool_size, pool_stride, pool_padding, ceil_mode
-    )
-    layout = _operator_reference.layout_of(x)
-    size = (x.shape[0], weight.shape[0], height, width)
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
-    return y, torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=layout)
-
-
-def _fake_conv_pool2d_backward(grad_y, x, weight, bias, code, *config):
-    need_x, need_weight, need_bias = config[-3:]
-    need_bias = need_bias and bias is not None
-    layout = _operator_reference.layout_of(x)
-    none = x.new_empty(0)
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout) if need_x else none,
-        weight.new_empty(weight.shape) if need_weight else none,
-        weight.new_empty(weight.shape[0]) if need_bias else none,
-    )
-
-
-def _fake_lstm_train(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh):
-    directions, batch, hidden = h_0.shape
-    output = x.new_empty(x.shape[0], batch, directions * hidden)
-    reserve = x.new_empty(directions, x.shape[0], batch, 5, hidden)
-    return output, h_0.new_empty(h_0.shape), c_0.new_empty(c_0.shape), reserve
-
-
-def _fake_lstm_backward(
-    grad_output, grad_h_n, grad_c_n, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh,
-    output, reserve, need_x, need_state, need_weight, need_bias,
-):  # fmt: skip
-    none = x.new_empty(0)
-    return (
-        x.new_empty(x.shape) if need_x else none,
-        h_0.new_empty(h_0.shape) if need_state else none,
-        c_0.new_empty(c_0.shape) if need_state else none,
-        [w.new_empty(w.shape) for w in weight_ih] if need_weight else [],
-        [w.new_empty(w.shape) for w in weight_hh] if need_weight else [],
-        [b.new_empty(b.shape) for b in bias_ih] if need_bias else [],
-    )
-
-
-def _fake_lstm_cell_train(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
-    return h.new_empty(h.shape), c.new_empty(c.shape), h.new_empty(h.shape[0], 5, h.shape[1])
-
-
-def _fake_lstm_cell_backward(
-    grad_h_1, grad_c_1, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh,
-    reserve, need_x, need_state, need_weight, need_bias,
-):  # fmt: skip
-    none = x.new_empty(0)
-    return (
-        x.new_empty(x.shape) if need_x else none,
-        h.new_empty(h.shape) if need_state else none,
-        c.new_empty(c.shape) if need_state else none,
-        weight_ih.new_empty(weight_ih.shape) if need_weight else none,
-        weight_hh.new_empty(weight_hh.shape) if need_weight else none,
-        bias_ih.new_empty(bias_ih.shape) if need_bias and bias_ih is not None else none,
-    )
-
-
-_FAKES = {
-    "conv_pool2d": lambda *args: _fake_conv_pool2d_train(*args)[0],
-    "conv_pool2d_train": _fake_conv_pool2d_train,
-    "conv_pool2d_backward": _fake_conv_pool2d_backward,
-    "lstm": lambda *args: _fake_lstm_train(*args)[:3],
-    "lstm_train": _fake_lstm_train,
-    "lstm_backward": _fake_lstm_backward,
-    "lstm_cell": lambda *args: _fake_lstm_cell_train(*args)[:2],
-    "lstm_cell_train": _fake_lstm_cell_train,
-    "lstm_cell_backward": _fake_lstm_cell_backward,
-}
+def _register_fake_kernels():
+    for name in NAMES:
+        fake = _on_one_device(name, getattr(_fake_kernels, name))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
 
 
 def _on_one_device(name, fake):
@@ -404,8 +307,7 @@ def _register():
     _register_schemas()
     _register_fallbacks()
     _register_autocast()
-    for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(name, fake))
+    _register_fake_kernels()
     for name, (setup, formula) in _AUTOGRAD.items():
         torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup)
 
