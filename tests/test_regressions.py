@@ -59,3 +59,25 @@ def test_sizes_beyond_the_kernels_raise(compiled, stride, padding, pool_size):
                 x, weight, None, [stride] * 2, [padding] * 2, [1, 1], 1, "relu", "max",
                 [pool_size] * 2, [pool_size] * 2, [0, 0], False,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [cx.ConvPool2d(1, 2, 3), cx.LSTM(8, 3), cx.LSTMCell(8, 3)], ids=repr)
+def test_function_transforms_run_on_the_reference(module):
+    """torch.func's gradient of each sample against plain autograd of each sample."""
+    sizes = {"ConvPool2d": (1, 1, 8, 8), "LSTM": (4, 1, 8), "LSTMCell": (1, 8)}
+    samples = torch.randn(3, *sizes[type(module).__name__])
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(parameters, sample):
+        out = torch.func.functional_call(module, parameters, (sample,))
+        return (out if isinstance(out, torch.Tensor) else out[0]).square().sum()
+
+    with cx.trace() as log:
+        grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, samples)
+    assert [(call.backend, call.reason) for call in log] == [
+        ("reference", "no kernel for the transforms of torch.func")
+    ]
+    for index, sample in enumerate(samples):
+        wanted = torch.autograd.grad(loss(dict(module.named_parameters()), sample), module.parameters())
+        for name, expected in zip(parameters, wanted, strict=True):
+            torch.testing.assert_close(grads[name][index], expected)
