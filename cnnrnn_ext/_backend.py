@@ -65,6 +65,11 @@ def trace():
         _state.log = before
 
 
+def _in_function_transform():
+    """Inside torch.func's grad, vmap and the like. A compiled graph has them resolved already."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def use_compiled(op, tensor, uncovered=None):
     """Whether ``op`` runs on a compiled kernel for this tensor's device and dtype; records the choice.
 
@@ -78,6 +83,8 @@ def use_compiled(op, tensor, uncovered=None):
         kernel, reason = None, uncovered
     elif forward_ad._current_level >= 0:
         kernel, reason = None, "no kernel for forward-mode derivatives"
+    elif _in_function_transform():
+        kernel, reason = None, "no kernel for the transforms of torch.func"
     else:
         kernel, reason = _library.kernel_for(tensor.device.type, tensor.dtype)
     if kernel is None and mode == "compiled":

@@ -61,11 +61,6 @@ def _on_one_device(name, fake):
 # ---- autograd ----
 
 
-def _asked(tensor):
-    """A gradient that was not asked for is an empty tensor of shape [0] to an operator, None to autograd."""
-    return None if tensor.dim() == 1 and tensor.numel() == 0 else tensor
-
-
 def _conv_pool2d_setup(ctx, inputs, output):
     x, weight, bias, *config = inputs
     _, code = output

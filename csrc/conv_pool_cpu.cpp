@@ -91,6 +91,33 @@ Tensor empty_image(const Tensor& like, const ConvPoolShape& s, int64_t channels,
                               like.device(), false, format);
 }
 
+// What nothing depends on is made small, for scratch memory grows with it: the stride of one convolution
+// output, the step of one window, the dilation of one tap.
+void simplify(int64_t kernel, int64_t conv, int64_t window, int64_t pooled, int64_t& stride,
+              int64_t& dilation, int64_t& step) {
+  if (kernel == 1) dilation = 1;
+  if (conv == 1) stride = 1;
+  if (pooled == 1) step = std::min(step, window);
+}
+
+// The kernels keep offsets within a pooling window in 32 bits, sizes of scratch memory in 64. Products of
+// sizes may not fit even those, so the check itself is in floating point.
+void check_extents(const ConvPoolShape& s) {
+  const auto length = [](int64_t size, int64_t padding, int64_t margin, int64_t window, int64_t stride) {
+    return static_cast<double>(size) + 2.0 * padding + static_cast<double>(2 * margin + window) * stride;
+  };
+  const double height = length(s.input.h, s.padding.h, s.margin.h, s.window.h, s.stride.h);
+  const double width = length(s.input.w, s.padding.w, s.margin.w, s.window.w, s.stride.w);
+  constexpr double kOfSlab = 32;  // channels side by side
+  constexpr double kMostBytes = 1e15;
+  check((static_cast<double>(s.window.h - 1) * s.stride.h + 1) * width * kOfSlab <
+                std::numeric_limits<int32_t>::max() &&
+            height * width * std::max<int64_t>(s.channels, 32) * sizeof(double) < kMostBytes,
+        "x: with padding (", s.padding.h, ", ", s.padding.w, "), stride (", s.stride.h, ", ", s.stride.w,
+        ") and pool_size (", s.window.h, ", ", s.window.w, ") it is too large for the CPU kernels, got ",
+        "size (", s.input.h, ", ", s.input.w, ")");
+}
+
 ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                               const Config& c) {
   check(x.dim() == 4, "x: expected shape [N, C, H, W], got ", shape(x));
@@ -133,6 +160,9 @@ ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const Optio
               pooled(s.conv.w, s.window.w, s.step.w, s.margin.w, c.ceil_mode)};
   check(s.pooled.h > 0 && s.pooled.w > 0, "pool_size: the window (", s.window.h, ", ", s.window.w,
         ") is larger than the convolution's output (", s.conv.h, ", ", s.conv.w, ")");
+  simplify(s.kernel.h, s.conv.h, s.window.h, s.pooled.h, s.stride.h, s.dilation.h, s.step.h);
+  simplify(s.kernel.w, s.conv.w, s.window.w, s.pooled.w, s.stride.w, s.dilation.w, s.step.w);
+  check_extents(s);
   s.relu = c.activation == "relu";
   s.channels_last = is_channels_last(x);
   return s;

@@ -340,14 +340,16 @@ void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t*
   T* codes = carve<T>(scratch, plan.out_size(s));
   fill_taps(s, plan, taps);
 
-  int64_t filled_first = -1, count = 0;
+  int64_t filled_first = -1, filled_last = -1, count = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / plan.strips, row = unit % plan.strips * plan.rows;
     const int64_t rows = smaller(plan.rows, s.pooled.h - row);
     const int64_t first = larger(row * s.step.h - s.margin.h, 0);
     const int64_t last = smaller((row + rows - 1) * s.step.h - s.margin.h + s.window.h, s.conv.h);
-    if (first != filled_first) count = fill_pixels(s, plan, first, rows, last - first, pixels);
-    filled_first = first;
+    // Strips whose windows all begin in the pool's padding share `first`, not `last`.
+    if (first != filled_first || last != filled_last)
+      count = fill_pixels(s, plan, first, rows, last - first, pixels);
+    filled_first = first, filled_last = last;
 
     const T* image = x + n * s.channels * s.input.h * s.input.w;
     const T* base = image + first * s.stride.h * plan.row_stride;

@@ -22,8 +22,14 @@ CNNRNN_INLINE void swap_blocks(Vec<T> (&rows)[sizeof...(J)], Indices<J...>) {
   for (int i = 0; i < L; ++i) {
     if (i & B) continue;
     const Vec<T> a = rows[i], b = rows[i + B];
+#if defined(__clang__)
     rows[i] = __builtin_shufflevector(a, b, ((J & B) ? L + J - B : J)...);
     rows[i + B] = __builtin_shufflevector(a, b, ((J & B) ? L + J : J + B)...);
+#else  // GCC has the other one since version 12 only
+    typedef typename Simd<T>::I Order;
+    rows[i] = __builtin_shuffle(a, b, Order{((J & B) ? L + J - B : J)...});
+    rows[i + B] = __builtin_shuffle(a, b, Order{((J & B) ? L + J : J + B)...});
+#endif
   }
 }
 
