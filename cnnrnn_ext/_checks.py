@@ -95,6 +95,8 @@ def explicit_padding(padding, weight, stride, dilation):
 
 
 def check_conv_pool_sizes(x, weight, stride, padding, dilation, pool, *pool_arguments):
+    if 0 in x.shape[2:]:
+        raise RuntimeError(f"input: expected a non-zero height and width, got shape {shape_of(x)}")
     conv, pooled = conv_pool2d_sizes(x, weight, stride, padding, dilation, *pool_arguments)
     if any(size < 1 for size in conv):
         raise RuntimeError(

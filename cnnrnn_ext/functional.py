@@ -23,6 +23,7 @@ from cnnrnn_ext._checks import (
 from cnnrnn_ext.ops import CODE_POSITIONS
 
 PRECISIONS = ("highest", "high")
+LARGE_PADDING = 256
 
 
 def _needs_grad(*tensors):
@@ -123,7 +124,7 @@ def conv_pool2d(
         "pool_padding": pool_padding,
         "ceil_mode": ceil_mode,
     }
-    uncovered = uneven or _conv_pool2d_uncovered(activation, pool, pool_size)
+    uncovered = uneven or _conv_pool2d_uncovered(x, weight, pads, activation, pool, pool_size)
     if not use_compiled("conv_pool2d", x, uncovered):
         return reference.conv_pool2d(input, weight, bias, stride, padding, dilation, groups, **options)
 
@@ -184,7 +185,7 @@ def conv_pool1d(
     return y.squeeze(-2)
 
 
-def _conv_pool2d_uncovered(activation, pool, pool_size):
+def _conv_pool2d_uncovered(x, weight, padding, activation, pool, pool_size):
     """Why the kernels do not serve this configuration, or None."""
     if pool != "max":
         return f"no kernel for pool={pool!r}"
@@ -192,6 +193,9 @@ def _conv_pool2d_uncovered(activation, pool, pool_size):
         return f"no kernel for activation={activation!r}"
     if pool_size[0] * pool_size[1] > CODE_POSITIONS:
         return f"no kernel for pooling windows of more than {CODE_POSITIONS} positions"
+    # The kernels copy x with its padding, so their memory grows with it.
+    if any(padding[d] > LARGE_PADDING + x.shape[d + 2] for d in (0, 1)):
+        return f"no kernel for a padding of {LARGE_PADDING} more than the input"
     return None
 
 

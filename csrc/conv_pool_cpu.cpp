@@ -125,6 +125,7 @@ ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const Optio
   check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
         "x: the CPU kernels of conv_pool2d take float32 or float64");
   check_like("weight", weight, "x", x);
+  check(x.size(2) > 0 && x.size(3) > 0, "x: expected a non-zero height and width, got ", shape(x));
   check(c.groups > 0, "groups: expected a positive number, got ", c.groups);
   check(x.size(1) == weight.size(1) * c.groups, "x: expected ", weight.size(1) * c.groups,
         " channels for weight ", shape(weight), " and groups=", c.groups, ", got ", shape(x));

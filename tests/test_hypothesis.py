@@ -49,7 +49,7 @@ def convolutions(draw):
     padding = draw(pairs(0, 3))
     pool_size, pool_stride = draw(pairs(1, 4)), draw(pairs(1, 4))
     pool_padding = tuple(draw(st.integers(0, size // 2)) for size in pool_size)
-    size = draw(pairs(1, 24))
+    size = draw(st.one_of(pairs(1, 24), st.tuples(st.integers(1, 6), st.integers(300, 900))))
     conv = [(size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
     assume(all(c + 2 * p >= w for c, p, w in zip(conv, pool_padding, pool_size, strict=True)))
     assume(min(conv) >= 1)

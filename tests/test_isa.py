@@ -53,7 +53,7 @@ def test_suite_on_each_isa(compiled, isa):
         "isa",
         "-k",
         "not reference",
-        *(str(tests / f"test_{name}.py") for name in ("conv_pool", "lstm", "cells")),
+        *(str(tests / f"test_{name}.py") for name in ("conv_pool", "lstm", "cells", "regressions")),
         isa=isa,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

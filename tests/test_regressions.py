@@ -81,3 +81,34 @@ def test_function_transforms_run_on_the_reference(module):
         wanted = torch.autograd.grad(loss(dict(module.named_parameters()), sample), module.parameters())
         for name, expected in zip(parameters, wanted, strict=True):
             torch.testing.assert_close(grads[name][index], expected)
+
+
+def test_a_padding_larger_than_the_input_runs_on_the_reference():
+    """The kernels copy x with its padding: this one would take gigabytes."""
+    x, weight = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3)
+    options = {"padding": 2000, "dilation": 2000}
+    with cx.trace() as log:
+        y = cx.functional.conv_pool2d(x, weight, **options)
+    assert [(call.backend, call.reason) for call in log] == [
+        ("reference", "no kernel for a padding of 256 more than the input")
+    ]
+    torch.testing.assert_close(y, cx.reference.conv_pool2d(x, weight, **options))
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_an_image_without_pixels_raises_as_in_torch(mode):
+    x, weight = torch.zeros(1, 1, 0, 4), torch.zeros(1, 1, 3, 3)
+    with pytest.raises(RuntimeError):
+        torch.nn.functional.conv2d(x, weight, padding=2)
+    with cx.backend(mode), pytest.raises(RuntimeError, match="input: expected a non-zero height and width"):
+        cx.functional.conv_pool2d(x, weight, padding=2)
+    with pytest.raises(RuntimeError, match="non-zero"):
+        torch.ops.cnnrnn_ext.conv_pool2d(
+            x, weight, None, [1, 1], [2, 2], [1, 1], 1, "relu", "max", [2, 2], [2, 2], [0, 0], False
+        )
+
+
+def test_a_state_of_three_tensors_is_refused():
+    x, state = torch.zeros(2, 3, 4), torch.zeros(1, 3, 5)
+    with pytest.raises(RuntimeError, match="hx: expected two states"):
+        cx.LSTM(4, 5)(x, (state, state, state))

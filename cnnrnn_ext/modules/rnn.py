@@ -74,6 +74,8 @@ class LSTM(nn.RNNBase):
         return output.squeeze(batch_dim), tuple(state.squeeze(1) for state in states)
 
     def _check_rank(self, hx, rank):
+        if len(hx) != 2:
+            raise RuntimeError(f"hx: expected two states (h_0, c_0), got {len(hx)}")
         if hx[0].dim() != rank or hx[1].dim() != rank:
             kind = "batched 3-D" if rank == 3 else "unbatched 2-D"
             raise RuntimeError(
