@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
-from .report import QUOTED, verdict
+from .report import QUOTED, part, verdict
 
 COLOURS = {"win": "#2a7f62", "loss": "#c0392b", "even": "#8a8f98", "void": "#d9d9d9"}
 LEGEND = {"win": "ours is faster", "loss": "ours is slower", "even": "undecided", "void": "void"}
@@ -47,7 +47,8 @@ def draw(result: dict, path: Path) -> None:
     c = result["conditions"]
     title = f"cnnrnn_ext against the best peer of each case, float32, {QUOTED} allocator\n{c['cpu']}, "
     title += f"{c['cores']} cores, kernels {c['isa']}, torch {c['torch']}, {c['date']}"
-    void = "VOID: the control failed, no figure counts\n" if result["void"] else ""
+    quoted = {part(record) for records in panels.values() for record in records}
+    void = "VOID: the control failed, no figure counts\n" if quoted & set(result["void"]) else ""
     figure.suptitle(void + title, fontsize=10, color=COLOURS["loss"] if void else "black")
     figure.savefig(path, dpi=130)
     plt.close(figure)

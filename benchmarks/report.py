@@ -1,6 +1,6 @@
 """What was measured, for people: JSON with every figure, a Markdown table with its conditions, and a plot.
 
-Losses are shown like wins. A report whose control left its bounds says VOID in its first line.
+Losses are shown like wins. A report of which a part's control left its bounds says VOID in its first line.
 """
 
 from __future__ import annotations
@@ -38,10 +38,23 @@ def assemble(records: list[dict], machine: dict, cores: int, quick: bool) -> dic
         "quick": quick,
         "limits": machine,
         "missing_peers": {p.name: reason for p in PEERS if (reason := p.missing())},
-        "void": [label(r) for r in records if r["status"] == "void"],
+        "void": void_parts(records),
         "wrong": [label(r) for r in records if r["status"] == "wrong"],
         "records": records,
     }
+
+
+def void_parts(records: list[dict]) -> dict[str, list[str]]:
+    """{part: its records whose control failed}. A part, one process's records, is void as a whole."""
+    noisy: dict[str, list[str]] = {}
+    for record in records:
+        if record["status"] == "void":
+            noisy.setdefault(part(record), []).append(label(record))
+    return noisy
+
+
+def part(record: dict) -> str:
+    return f"{record['allocator']} allocator, {record['threads']} thread(s)"
 
 
 def conditions(cores: int) -> dict:
@@ -60,7 +73,7 @@ def conditions(cores: int) -> dict:
         "compiler": built.build_info()["compiler"] if built else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}".strip(),
+        "system": f"{platform.system()}, {' '.join(platform.libc_ver())}".strip(", "),
         "peers": {k: v for p in PEERS for k, v in p.versions().items()},
         "tuned_allocator": tuned_allocator_env(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -126,10 +139,10 @@ def verdict(record: dict) -> str:
 def headline(result: dict) -> str:
     """The report in a few lines: void or not, wins and losses of the quoted figures, who is missing."""
     lines = []
-    if result["void"]:
+    for name, noisy in result["void"].items():
         lines.append(
-            f"VOID: stock against stock left 1.00 ± {CONTROL_TOLERANCE:.2f}, so no figure of this report "
-            f"counts. Noisy: {'; '.join(result['void'])}."
+            f"VOID, {name}: stock against stock left 1.00 ± {CONTROL_TOLERANCE:.2f}, so no figure of that "
+            f"part counts. Noisy: {'; '.join(noisy)}."
         )
     if result["wrong"]:
         lines.append(f"WRONG, not timed: {'; '.join(result['wrong'])}.")
@@ -163,7 +176,8 @@ def markdown(result: dict) -> str:
     parts += [_limits(result["limits"]), HOW_TO_READ]
     parts.append(f"![time of the best peer over time of ours]({slug(result)}.png)")
     for title, records in _groups(result["records"]):
-        parts += [f"## {title}", _table(records)]
+        void = " (VOID)" if part(records[0]) in result["void"] else ""
+        parts += [f"## {title}{void}", _table(records)]
     skipped = {
         f"{r['case']}, {r['phase']}: {name}: {why}"
         for r in result["records"]

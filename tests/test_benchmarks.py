@@ -167,7 +167,7 @@ def test_void_control_voids_the_report_in_its_first_line(tmp_path):
     good, bad = record(2.0, 8.0, 4.0), record(2.0, 8.0, 4.0, control=1.2)
     assert (good["status"], bad["status"]) == ("ok", "void")
     result = assembled(good, bad)
-    assert report.headline(result).startswith("VOID")
+    assert report.headline(result).startswith("VOID, tuned allocator, 2 thread(s)")
     assert rows(result)[1][5] == "**void**"
     assert report.headline(assembled(good)).startswith("Against the best peer")
     written = report.write(result, tmp_path)
