@@ -65,11 +65,17 @@ def loads(name):
     return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+def stub(function):
+    """Source of a function that fails: 100 is "no device", and the text of an error must be readable."""
+    kind, value = ("const char*", '"absent"') if function.endswith(("String", "Name")) else ("long", "100")
+    return f'extern "C" {kind} {function}() {{ return {value}; }}\n'
+
+
 def stub_libraries(folder):
     """Puts a library of the right name and symbol versions beside torch's own for each one that is missing.
 
-    Their functions return 100, "no device". On a CPU nothing calls them but the registration of kernels when
-    torch loads, and the question how many GPUs there are.
+    On a CPU nothing calls their functions but the registration of kernels when torch loads, and the question
+    how many GPUs there are.
     """
     libraries = sorted(folder.glob("*.so"))
     needed = {
@@ -98,7 +104,7 @@ def stub_libraries(folder):
     for name, versions in symbols.items():
         source, script = FOLDER / f"{name}.cpp", FOLDER / f"{name}.map"
         names = sorted(plain.union(*versions.values()))
-        source.write_text("".join(f'extern "C" long {n}() {{ return 100; }}\n' for n in names))
+        source.write_text("".join(stub(n) for n in names))
         script.write_text(
             "".join(f"{v} {{ {' '.join(f'{n};' for n in s)} }};\n" for v, s in versions.items())
         )
