@@ -84,6 +84,18 @@ def spawn(args: argparse.Namespace, allocator: str, threads: int) -> list[dict]:
         return [json.loads(line) for line in records.read_text().splitlines()]
 
 
+def draw(result: dict, folder: Path) -> list[Path]:
+    """The plot beside the report, where matplotlib is installed."""
+    try:
+        from . import plot
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return []
+    image = folder / f"{report.slug(result)}.png"
+    plot.draw(result, image)
+    return [image]
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.worker:
@@ -101,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             records += spawn(args, allocator, threads)
     result = report.assemble(records, machine, cores(), quick=args.quick)
     result["wall_seconds"] = round(time.perf_counter() - start, 1)
-    written = report.write(result, args.out)
+    written = report.write(result, args.out) + draw(result, args.out)
     print(report.headline(result))
     print("\n".join(f"wrote {path}" for path in written))
     return 1 if result["void"] or result["wrong"] else 0

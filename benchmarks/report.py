@@ -262,15 +262,9 @@ def slug(result: dict) -> str:
 
 
 def write(result: dict, folder: Path) -> list[Path]:
-    """Writes ``<machine>.json``, ``.md`` and, where matplotlib is installed, ``.png``; returns the paths."""
+    """Writes ``<machine>.json`` and ``.md``, which shows ``<machine>.png``; returns the two paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, table, image = (folder / f"{slug(result)}{ending}" for ending in (".json", ".md", ".png"))
+    data, table = (folder / f"{slug(result)}{ending}" for ending in (".json", ".md"))
     data.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     table.write_text(markdown(result), encoding="utf-8")
-    try:
-        from .plot import draw
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return [data, table]
-    draw(result, image)
-    return [data, table, image]
+    return [data, table]
