@@ -13,16 +13,7 @@ namespace {
 using torch::stable::parallel_for;
 using Ints = std::vector<int64_t>;
 
-const ConvPoolKernels& kernels() {
-  static const ConvPoolKernels& table = [&]() -> const ConvPoolKernels& {
-#if defined(__x86_64__)
-    if (active_isa() == Isa::kAvx512) return conv_pool_avx512;
-    if (active_isa() == Isa::kAvx2) return conv_pool_avx2;
-#endif
-    return conv_pool_baseline;
-  }();
-  return table;
-}
+const ConvPoolKernels& kernels() { return CNNRNN_ACTIVE_TABLE(conv_pool); }
 
 template <typename T>
 const ConvPoolKernelsOf<T>& kernels_of();
@@ -65,17 +56,6 @@ int64_t pooled(int64_t size, int64_t window, int64_t step, int64_t margin, bool 
   if (span < 0) return 0;
   const int64_t count = span / step + 1;
   return ceil_mode && (count - 1) * step >= size + margin ? count - 1 : count;
-}
-
-// Whether outputs of x take NHWC order: x is laid out so, and not also in NCHW order.
-bool is_channels_last(const Tensor& x) {
-  if (x.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int64_t d : {1, 3, 2, 0}) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return true;
 }
 
 Tensor in_layout(const Tensor& t, bool channels_last) {
@@ -169,11 +149,6 @@ ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const Optio
   return s;
 }
 
-// A cache line holds what one slice writes alone.
-Tensor scratch_for(const Tensor& like, int64_t slices, int64_t bytes) {
-  return empty_like_of(like, {std::max<int64_t>(1, slices * (bytes + 64) + 64)}, ScalarType::Byte);
-}
-
 char* aligned(void* memory) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
 }
@@ -184,8 +159,9 @@ template <typename Body>
 void in_slices(const Tensor& like, int64_t units, int64_t scratch_bytes, const Body& body) {
   const int64_t slices = std::min<int64_t>(units, torch::stable::get_num_threads());
   if (slices == 0) return;
-  const int64_t stride = (scratch_bytes + 127) / 64 * 64;
-  Tensor memory = scratch_for(like, slices, stride);
+  // Slices begin at cache lines, so that none writes to a line of another.
+  const int64_t stride = (scratch_bytes + 63) / 64 * 64;
+  Tensor memory = empty_like_of(like, {slices * stride + 64}, ScalarType::Byte);
   char* scratch = aligned(memory.mutable_data_ptr());
   parallel_for(0, slices, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i)

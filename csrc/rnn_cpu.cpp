@@ -11,19 +11,7 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-const RnnKernels& kernels() {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::kAvx512:
-      return rnn_avx512;
-    case Isa::kAvx2:
-      return rnn_avx2;
-    default:
-      break;
-  }
-#endif
-  return rnn_baseline;
-}
+const RnnKernels& kernels() { return CNNRNN_ACTIVE_TABLE(rnn); }
 
 template <typename T>
 const LstmKernels<T>& lstm_kernels() {
@@ -41,8 +29,6 @@ auto with_element(const Tensor& x, const F& f) {
         "x: the CPU kernels of lstm take float32 and float64, got ", torch::headeronly::toString(type));
   return type == ScalarType::Float ? f(float{}) : f(double{});
 }
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor new_empty(const Tensor& x, std::initializer_list<int64_t> sizes) { return empty_like_of(x, sizes); }
 

@@ -65,6 +65,19 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// Whether outputs of x take NHWC order: x is laid out so, and not also in NCHW order.
+inline bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
 // A new tensor of x's device; dtype as x's unless given.
 inline Tensor empty_like_of(const Tensor& x, const std::vector<int64_t>& sizes,
                             std::optional<ScalarType> dtype = std::nullopt) {

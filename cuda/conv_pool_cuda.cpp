@@ -91,17 +91,6 @@ ConvPoolShape check_shapes(const Tensor& x, const Tensor& weight, const Optional
   return s;
 }
 
-// True if t is laid out [N, H, W, C] and not also contiguous.
-bool is_channels_last(const Tensor& t) {
-  if (t.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
 // A new [n, c, h, w] of x's memory format.
 Tensor empty_map(const Tensor& x, int64_t n, int64_t c, Size2 size,
                  std::optional<ScalarType> dtype = std::nullopt) {

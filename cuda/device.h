@@ -117,8 +117,6 @@ inline ScalarType accumulator_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 inline Tensor nothing(const Tensor& x) { return empty_like_of(x, {0}); }  // a gradient nobody asked for
 
 }  // namespace cnnrnn::cuda

@@ -15,3 +15,13 @@ Isa best_isa();
 Isa active_isa();
 
 }  // namespace cnnrnn
+
+// The kernel table of a family for active_isa(): CNNRNN_ACTIVE_TABLE(conv_pool).
+#if defined(__x86_64__)
+#define CNNRNN_ACTIVE_TABLE(family)               \
+  (active_isa() == Isa::kAvx512 ? family##_avx512 \
+   : active_isa() == Isa::kAvx2 ? family##_avx2   \
+                                : family##_baseline)
+#else
+#define CNNRNN_ACTIVE_TABLE(family) (family##_baseline)
+#endif

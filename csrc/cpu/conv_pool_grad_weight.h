@@ -67,9 +67,9 @@ template <typename T>
 int64_t weight_scratch_bytes(const ConvPoolShape& s) {
   const WeightPlan<T> plan(s);
   const int64_t entries = plan.chunk * plan.list_capacity();
-  return carved_bytes(plan.batch * plan.tile_size * plan.footprint.slabs * s.groups, sizeof(T)) +
+  return carved_bytes(plan.batch * plan.tile_size * plan.footprint.slabs, sizeof(T)) +
          carved_bytes(entries, sizeof(T)) + carved_bytes(entries, sizeof(int32_t)) +
-         carved_bytes(plan.chunk, sizeof(int64_t)) + carved_bytes(256, sizeof(int32_t));
+         carved_bytes(plan.chunk, sizeof(int64_t));
 }
 
 // Copies channels [c0, c0 + count) of a rectangle of an NCHW or NHWC image, which may reach into the padding,
@@ -113,79 +113,92 @@ T sum(const T* values, int64_t n) {
   return result;
 }
 
+// Pooled outputs [top, bottom) x [left, right) of image n.
+struct Tile {
+  int64_t n, top, bottom, left, right;
+};
+
+template <typename T>
+Tile tile_of(const ConvPoolShape& s, const WeightPlan<T>& plan, int64_t unit) {
+  const int64_t n = unit / (plan.down * plan.across), place = unit % (plan.down * plan.across);
+  const int64_t top = place / plan.across * plan.rows, left = place % plan.across * plan.cols;
+  return {n, top, smaller(top + plan.rows, s.pooled.h), left, smaller(left + plan.cols, s.pooled.w)};
+}
+
+// Lists the live outputs of channel k in one tile: their grad_y, and where their positions stand in the x
+// under the tile, which begins at `base`. Returns their number; the lists have room for every output of the
+// tile.
+template <typename T>
+int64_t list_live(const ConvPoolShape& s, const WeightPlan<T>& plan, const Tile& tile, int64_t k,
+                  int64_t base, const T* grad_y, const uint8_t* code, const int32_t* delta, T* value,
+                  int32_t* offset) {
+  const int64_t window_stride = s.channels_last ? s.outputs : 1;
+  const int64_t output_stride = s.channels_last ? 1 : s.windows();
+  const int64_t plane = tile.n * s.outputs * s.windows() + k * output_stride;
+  const int64_t down = s.step.h * s.stride.h * plan.in_cols * plan.footprint.slab;
+  const int32_t right = static_cast<int32_t>(s.step.w * s.stride.w * plan.footprint.slab);
+  int64_t live = 0;
+  for (int64_t py = tile.top; py < tile.bottom; ++py) {
+    int64_t at = plane + (py * s.pooled.w + tile.left) * window_stride;
+    int32_t from = static_cast<int32_t>(base + (py - tile.top) * down);
+    for (int64_t px = tile.left; px < tile.right; ++px, at += window_stride, from += right) {
+      value[live] = grad_y[at];
+      offset[live] = from + delta[code[at]];
+      live += code[at] < s.positions();
+    }
+  }
+  return live;
+}
+
 template <typename T>
 void weight_gradient(const ConvPoolShape& s, const T* x, const T* grad_y, const uint8_t* code, T* partial,
                      void* memory, int64_t begin, int64_t end) {
   const WeightPlan<T> plan(s);
   const Footprint<T>& footprint = plan.footprint;
+  const int64_t slab_size = plan.batch * plan.tile_size, capacity = plan.list_capacity();
   char* scratch = static_cast<char*>(memory);
-  T* xs = carve<T>(scratch, plan.batch * plan.tile_size * footprint.slabs * s.groups);
-  T* values = carve<T>(scratch, plan.chunk * plan.list_capacity());
-  int32_t* offsets = carve<int32_t>(scratch, plan.chunk * plan.list_capacity());
+  T* xs = carve<T>(scratch, slab_size * footprint.slabs);
+  T* values = carve<T>(scratch, plan.chunk * capacity);
+  int32_t* offsets = carve<int32_t>(scratch, plan.chunk * capacity);
   int64_t* counts = carve<int64_t>(scratch, plan.chunk);
-  int32_t* delta = carve<int32_t>(scratch, 256);
+  int32_t delta[256];
   fill_positions(s, footprint.slab, plan.in_cols, delta);
-  const int64_t window_stride = s.channels_last ? s.outputs : 1;
-  const int64_t output_stride = s.channels_last ? 1 : s.windows();
-  const int64_t slab_size = plan.batch * plan.tile_size;
 
   for (int64_t unit = begin; unit < end; unit += plan.batch) {
     const int64_t tiles = smaller(plan.batch, end - unit);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t place = (unit + tile) % (plan.down * plan.across),
-                    n = (unit + tile) / (plan.down * plan.across);
-      const int64_t py = place / plan.across * plan.rows, px = place % plan.across * plan.cols;
-      const T* image = x + n * s.channels * s.input.h * s.input.w;
-      for (int64_t g = 0; g < s.groups; ++g)
+    for (int64_t g = 0; g < s.groups; ++g) {
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Tile tile = tile_of(s, plan, unit + i);
         for (int64_t b = 0; b < footprint.slabs; ++b)
-          pack_pixels(s, image, g * s.group_channels() + b * footprint.slab,
+          pack_pixels(s, x + tile.n * s.channels * s.input.h * s.input.w,
+                      g * s.group_channels() + b * footprint.slab,
                       smaller(footprint.slab, s.group_channels() - b * footprint.slab), footprint.slab,
-                      (py * s.step.h - s.margin.h) * s.stride.h - s.padding.h,
-                      (px * s.step.w - s.margin.w) * s.stride.w - s.padding.w, plan.in_rows, plan.in_cols,
-                      xs + (g * footprint.slabs + b) * slab_size + tile * plan.tile_size);
-    }
-    for (int64_t k0 = 0; k0 < s.outputs; k0 += plan.chunk) {
-      // A chunk stays within one group: its outputs are a multiple of the chunk, or the chunk is cut short.
-      const int64_t g = k0 / s.group_outputs();
-      const int64_t outputs = smaller(plan.chunk, (g + 1) * s.group_outputs() - k0);
-      for (int64_t k = 0; k < outputs; ++k) {
-        T* value = values + k * plan.list_capacity();
-        int32_t* offset = offsets + k * plan.list_capacity();
-        int64_t live = 0;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t place = (unit + tile) % (plan.down * plan.across),
-                        n = (unit + tile) / (plan.down * plan.across);
-          const int64_t top = place / plan.across * plan.rows, left = place % plan.across * plan.cols;
-          const int64_t bottom = smaller(top + plan.rows, s.pooled.h),
-                        right = smaller(left + plan.cols, s.pooled.w);
-          const int64_t plane = n * s.outputs * s.windows() + (k0 + k) * output_stride;
-          for (int64_t py = top; py < bottom; ++py) {
-            int64_t at = plane + (py * s.pooled.w + left) * window_stride;
-            int32_t from = static_cast<int32_t>(tile * plan.tile_size + (py - top) * s.step.h * s.stride.h *
-                                                                            plan.in_cols * footprint.slab);
-            const int32_t step = static_cast<int32_t>(s.step.w * s.stride.w * footprint.slab);
-            for (int64_t px = left; px < right; ++px, at += window_stride, from += step) {
-              value[live] = grad_y[at];
-              offset[live] = from + delta[code[at]];
-              live += code[at] < s.positions();
-            }
-          }
+                      (tile.top * s.step.h - s.margin.h) * s.stride.h - s.padding.h,
+                      (tile.left * s.step.w - s.margin.w) * s.stride.w - s.padding.w, plan.in_rows,
+                      plan.in_cols, xs + b * slab_size + i * plan.tile_size);
+      }
+      for (int64_t k0 = 0; k0 < s.group_outputs(); k0 += plan.chunk) {
+        const int64_t outputs = smaller(plan.chunk, s.group_outputs() - k0),
+                      first = g * s.group_outputs() + k0;
+        T* sums = partial + first * plan.partial_stride();
+        for (int64_t k = 0; k < outputs; ++k) {
+          T* value = values + k * capacity;
+          int32_t* offset = offsets + k * capacity;
+          int64_t live = 0;
+          for (int64_t i = 0; i < tiles; ++i)
+            live += list_live(s, plan, tile_of(s, plan, unit + i), first + k, i * plan.tile_size, grad_y,
+                              code, delta, value + live, offset + live);
+          counts[k] = live;
+          sums[k * plan.partial_stride() + footprint.slabs * footprint.dense_size()] += sum(value, live);
         }
-        counts[k] = live;
-        partial[(k0 + k) * plan.partial_stride() + footprint.slabs * footprint.dense_size()] +=
-            sum(value, live);
+        for (int64_t b = 0; b < footprint.slabs; ++b)
+          footprint.for_each_part(s, plan.in_cols, true, kMaxRows, [&](const Part<T>& part) {
+            for (int64_t k = 0; k < outputs; ++k)
+              part.run(xs + b * slab_size, part.source_row, offsets + k * capacity, values + k * capacity,
+                       counts[k], sums + k * plan.partial_stride() + b * footprint.dense_size(),
+                       part.target_row);
+          });
       }
-      for (int64_t b = 0; b < footprint.slabs; ++b) {
-        const T* slab = xs + (g * footprint.slabs + b) * slab_size;
-        footprint.for_each_part(s, plan.in_cols, true, kMaxRows, [&](const Part<T>& part) {
-          for (int64_t k = 0; k < outputs; ++k)
-            part.run(slab, part.source_row, offsets + k * plan.list_capacity(),
-                     values + k * plan.list_capacity(), counts[k],
-                     partial + (k0 + k) * plan.partial_stride() + b * footprint.dense_size(),
-                     part.target_row);
-        });
-      }
-      k0 -= plan.chunk - outputs;
     }
   }
 }
