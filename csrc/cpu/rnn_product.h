@@ -10,7 +10,7 @@ using cnnrnn::Product;
 // Products whose A is contiguous by column go slice by slice of the depth. Of a slice, some panels of B and
 // a block of A's columns (rows of the product) are copied side by side: A comes with a stride that would
 // touch a new page at every depth, and each copy serves many tiles.
-constexpr int64_t kDepthBlock = 256;
+constexpr int64_t kDepthBlock = 128;
 constexpr int64_t kPanelGroup = 8;
 constexpr int64_t kRowBlock = 8 * kTileRows;
 
@@ -108,9 +108,6 @@ struct ProductTile {
       for (int r = 0; r < Rows; ++r) from[r] = a_rows ? a_rows[row + r] : a + (row + r) * a_stride;
       product<T, Rows, 4, Into::kSet>(acc, from, b, depth);
     } else {
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r)
-        for (int v = 0; v < 4; ++v) acc[r][v] = Vec<T>{};
       multiply_columns<T, Rows>(acc, a + row, a_stride, b, depth);
     }
     for (int r = 0; r < Rows; ++r) {

@@ -27,7 +27,7 @@ CNNRNN_INLINE void multiply_rows(Vec<T> (&acc)[Rows][V], const T* const (&a)[Row
       for (int r = 0; r < Rows; ++r) values[r] = broadcast(a[r][k]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        const Vec<T> column = loadu(b + v * L);
+        const Vec<T> column = in_register(loadu(b + v * L));
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) acc[r][v] += values[r] * column;
       }
@@ -64,11 +64,16 @@ CNNRNN_INLINE void multiply_one_row(Vec<T> (&acc)[1][V], const T* const (&a)[1],
   for (int v = 0; v < V; ++v) acc[0][v] += odd[v];
 }
 
-// The same as multiply_rows, for an A that is contiguous by column, `stride` from depth to depth.
+// product = A * panel, for an A that is contiguous by column, `stride` from depth to depth.
 template <typename T, int Rows>
-CNNRNN_INLINE void multiply_columns(Vec<T> (&acc)[Rows][4], const T* a, int64_t stride, const T* b,
-                                    int64_t depth) {
+CNNRNN_APART void multiply_columns(Vec<T> (&product)[Rows][4], const T* a, int64_t stride, const T* b,
+                                   int64_t depth) {
   constexpr int L = kLanesOf<T>;
+  Vec<T> acc[Rows][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) acc[r][v] = Vec<T>{};
   for (int64_t k = 0; k < depth; ++k, a += stride, b += 4 * L) {
     Vec<T> values[Rows];
     if constexpr (Rows < 4) {
@@ -76,7 +81,7 @@ CNNRNN_INLINE void multiply_columns(Vec<T> (&acc)[Rows][4], const T* a, int64_t 
       for (int r = 0; r < Rows; ++r) values[r] = broadcast(a[r]);
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
-        const Vec<T> column = loadu(b + v * L);
+        const Vec<T> column = in_register(loadu(b + v * L));
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) acc[r][v] += values[r] * column;
       }
@@ -92,6 +97,10 @@ CNNRNN_INLINE void multiply_columns(Vec<T> (&acc)[Rows][4], const T* a, int64_t 
       }
     }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) product[r][v] = acc[r][v];
 }
 
 // Sums of this length are added up by themselves, which keeps the rounding error of long ones down.
@@ -101,7 +110,7 @@ constexpr int64_t kSumBlock = 256;
 // clearing an array of accumulators in memory takes longer than a short product.
 enum class Into { kSet, kAdd };
 template <typename T, int Rows, int V, Into into>
-CNNRNN_INLINE void product(Vec<T> (&sum)[Rows][V], const T* const (&a)[Rows], const T* b, int64_t depth) {
+CNNRNN_APART void product(Vec<T> (&sum)[Rows][V], const T* const (&a)[Rows], const T* b, int64_t depth) {
   for (int64_t k = 0; k == 0 || k < depth; k += kSumBlock) {
     const int64_t block = depth - k < kSumBlock ? depth - k : kSumBlock;
     Vec<T> acc[Rows][V];

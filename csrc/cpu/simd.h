@@ -57,6 +57,9 @@ constexpr int kLanes = kLanesOf<float>;
 
 #define CNNRNN_INLINE inline __attribute__((always_inline))
 
+// For inner loops that need every register: inlined, they would have to share with what surrounds them.
+#define CNNRNN_APART __attribute__((noinline))
+
 template <typename T>
 CNNRNN_INLINE Vec<T> loadu(const T* p) {
   return *reinterpret_cast<const typename Simd<T>::U*>(p);
@@ -65,6 +68,20 @@ CNNRNN_INLINE Vec<T> loadu(const T* p) {
 template <typename T>
 CNNRNN_INLINE void storeu(T* p, Vec<T> v) {
   *reinterpret_cast<typename Simd<T>::U*>(p) = v;
+}
+
+// v, loaded once: a compiler may fold the load into each of its uses, and loads are what the tiles run short
+// of.
+template <typename V>
+CNNRNN_INLINE V in_register(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
 }
 
 // x - 0 is x for every x, -0 and NaN included; x + 0 is not.
