@@ -45,7 +45,7 @@ class RnnForward {
 
  private:
   // So few rows in all, or in a step, that reading the weights as they come is faster than packing them.
-  static constexpr int64_t kDirectRows = 16, kDirectBatch = 2;
+  static constexpr int64_t kDirectRows = 16, kDirectBatch = 1;
 
   int64_t packed(int64_t depth) const { return panels_ * k.gates * k.panel_units * depth; }
 

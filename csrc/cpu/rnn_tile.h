@@ -155,7 +155,7 @@ CNNRNN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 CNNRNN_INLINE void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 2); }
 
 // How many of `lanes` columns beginning at `column` exist.
-CNNRNN_INLINE int64_t valid(int64_t columns, int64_t column, int lanes) {
+CNNRNN_INLINE int64_t valid(int64_t columns, int64_t column, int64_t lanes) {
   const int64_t left = columns - column;
   return left < 0 ? 0 : left > lanes ? lanes : left;
 }

@@ -155,6 +155,34 @@ CNNRNN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// a[first], a[first + 2], ..., then the same of b; first is 0 or 1.
+template <typename T, int first>
+CNNRNN_INLINE Vec<T> every_other(Vec<T> a, Vec<T> b) {
+  constexpr int L = kLanesOf<T>;
+#if defined(__clang__)
+  Vec<T> v = a;
+  for (int i = 0; i < L; ++i) v[i] = 2 * i < L ? a[first + 2 * i] : b[first + 2 * i - L];
+  return v;
+#else
+  typename Simd<T>::I order{};
+  for (int i = 0; i < L; ++i) order[i] = first + 2 * i;
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// kLanes bytes as floats.
+CNNRNN_INLINE vf load_int8(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  vf v{};
+  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
 // rows[i][j] becomes rows[j][i]: log2(lanes) perfect shuffles.
 template <typename T>
 CNNRNN_INLINE void transpose(Vec<T> (&rows)[kLanesOf<T>]) {
@@ -172,16 +200,46 @@ CNNRNN_INLINE void transpose(Vec<T> (&rows)[kLanesOf<T>]) {
   }
 }
 
+// In each `region` of a and b: the `unit`s of elements of their first (half = 0) or second halves, in turns.
+// Within 16 bytes, or of 16 bytes and more, that is one instruction.
+template <typename T, int unit, int region, int half>
+CNNRNN_INLINE Vec<T> unpack(Vec<T> a, Vec<T> b) {
+  constexpr int L = kLanesOf<T>;
+#if defined(__clang__)
+  Vec<T> v = a;
+#else
+  typename Simd<T>::I order{};
+#endif
+  for (int i = 0; i < L; ++i) {
+    const int in_region = i % region, pair = in_region / (2 * unit);
+    const int from = i - in_region + half * region / 2 + pair * unit + in_region % unit;
+    const bool of_b = in_region / unit % 2;
+#if defined(__clang__)
+    v[i] = of_b ? b[from] : a[from];
+  }
+  return v;
+#else
+    order[i] = from + (of_b ? L : 0);
+  }
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+template <typename T, int unit>
+CNNRNN_INLINE void sum_pairs(Vec<T> (&rows)[kLanesOf<T>]) {
+  constexpr int L = kLanesOf<T>, kInstructionLane = 16 / static_cast<int>(sizeof(T));
+  constexpr int region = unit < kInstructionLane ? kInstructionLane : L;
+#pragma GCC unroll 8
+  for (int i = 0; i < L / unit / 2; ++i)
+    rows[i] = unpack<T, unit, region, 0>(rows[2 * i], rows[2 * i + 1]) +
+              unpack<T, unit, region, 1>(rows[2 * i], rows[2 * i + 1]);
+  if constexpr (2 * unit < L) sum_pairs<T, 2 * unit>(rows);
+}
+
 // Lane i of the result is the sum of rows[i].
 template <typename T>
 CNNRNN_INLINE Vec<T> sum_each(Vec<T> (&rows)[kLanesOf<T>]) {
-#pragma GCC unroll 4
-  for (int count = kLanesOf<T> / 2; count >= 1; count /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < count; ++i)
-      rows[i] = interleave<T, 0>(rows[i], rows[i + count]) +
-                interleave<T, kLanesOf<T> / 2>(rows[i], rows[i + count]);
-  }
+  sum_pairs<T, 1>(rows);
   return rows[0];
 }
 
