@@ -136,7 +136,8 @@ RnnOperands cell_operands(const std::string& cell, const Tensor& x, const Option
   o.x = dense(x);
   const auto take = [&](const char* name, OptionalTensor& into, const OptionalTensor& from) {
     if (!from) return;
-    o.check_operand(name, *from, {x.size(0), o.hidden});
+    check_like(name, *from, "x", x);
+    check_shape(name, *from, {x.size(0), o.hidden});
     into = dense(*from);
   };
   take("h", o.h_0, h);
@@ -287,7 +288,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_cell_back
   Incoming in;
   in.h_n = take("grad_h_1", grad_h_1);
   if (o.has_c()) in.c_n = take("grad_c_1", grad_c_1);
-  o.check_operand("reserve", reserve, {o.layout.batch, o.sizes().kept, o.hidden});
+  check_like("reserve", reserve, "x", x);
+  check_shape("reserve", reserve, {o.layout.batch, o.sizes().kept, o.hidden});
   Gradients grad = backward(o, in, *take("h_1", h_1), o.has_c() ? *take("c_1", c_1) : c_1, dense(reserve),
                             state, {need_x, need_state, need_weight, need_bias});
   const auto only = [&](const Tensors& one) { return one.empty() ? nothing(x) : one[0]; };

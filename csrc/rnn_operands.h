@@ -69,7 +69,8 @@ struct RnnOperands {
     return each;
   }
 
-  void check_operand(const char* name, const Tensor& t, const std::vector<int64_t>& sizes_of) const {
+  template <typename Sizes>
+  void check_operand(const char* name, const Tensor& t, const Sizes& sizes_of) const {
     check_like(name, t, "x", x);
     check_shape(name, t, sizes_of);
   }

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -28,22 +29,31 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape(const Tensor& t) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << "]";
-  return text.str();
-}
+// For messages; written out only where one is.
+struct shape {
+  explicit shape(const Tensor& t) : t(t) {}
+  friend std::ostream& operator<<(std::ostream& text, const shape& s) {
+    text << "[";
+    for (int64_t d = 0; d < s.t.dim(); ++d) text << (d ? ", " : "") << s.t.size(d);
+    return text << "]";
+  }
+  const Tensor& t;
+};
 
 // "weight_ih: expected shape [512, 64], got [64, 512]"
-inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
-  bool same = t.dim() == static_cast<int64_t>(expected.size());
-  for (size_t d = 0; same && d < expected.size(); ++d) same = t.size(d) == expected[d];
+inline void check_shape(const char* name, const Tensor& t, const int64_t* expected, int64_t dims) {
+  bool same = t.dim() == dims;
+  for (int64_t d = 0; same && d < dims; ++d) same = t.size(d) == expected[d];
   if (same) return;
   std::ostringstream want;
-  for (size_t d = 0; d < expected.size(); ++d) want << (d ? ", " : "") << expected[d];
+  for (int64_t d = 0; d < dims; ++d) want << (d ? ", " : "") << expected[d];
   check(false, name, ": expected shape [", want.str(), "], got ", shape(t));
+}
+inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
+  check_shape(name, t, expected.begin(), static_cast<int64_t>(expected.size()));
+}
+inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
+  check_shape(name, t, expected.data(), static_cast<int64_t>(expected.size()));
 }
 
 inline void check_like(const char* name, const Tensor& t, const char* of, const Tensor& other) {
@@ -67,16 +77,21 @@ T* mutable_data(const Tensor& t) {
 }
 
 // A new contiguous tensor on the CPU, without a pass through the dispatcher; dtype as like's.
-inline Tensor new_dense(const Tensor& like, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+inline Tensor new_dense(const Tensor& like, const int64_t* sizes, size_t dims) {
+  int64_t strides[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+  for (size_t d = dims; d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
   int32_t dtype;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides, dtype, aoti_torch_device_type_cpu(), 0,
                                                   &handle));
   return Tensor(handle);
+}
+inline Tensor new_dense(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_dense(like, sizes.begin(), sizes.size());
+}
+inline Tensor new_dense(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return new_dense(like, sizes.data(), sizes.size());
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
