@@ -1,6 +1,7 @@
 // The recurrent operators on CPU: check, allocate, run. Shapes: cnnrnn_ext/operators.schema.
 
 #include "rnn_backward.h"
+#include "rnn_borrowed.h"
 #include "rnn_forward.h"
 #include "rnn_operands.h"
 
@@ -302,15 +303,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_cell_back
           only(grad.bias_hh)};
 }
 
+// Short calls are worth a way of their own through boxing.
+void rnn_boxed(StableIValue* stack, uint64_t arguments, uint64_t results) {
+  if (!borrowed_rnn(stack)) TORCH_BOX (&rnn)(stack, arguments, results);
+}
+void rnn_cell_boxed(StableIValue* stack, uint64_t arguments, uint64_t results) {
+  if (!borrowed_rnn_cell(stack)) TORCH_BOX (&rnn_cell)(stack, arguments, results);
+}
+
 }  // namespace
 }  // namespace cnnrnn
 
 STABLE_TORCH_LIBRARY_IMPL(cnnrnn_ext, CPU, library) {
-  library.impl("rnn", TORCH_BOX(&cnnrnn::rnn));
+  library.impl("rnn", cnnrnn::rnn_boxed);
   library.impl("rnn_train", TORCH_BOX(&cnnrnn::rnn_train));
   library.impl("rnn_backward", TORCH_BOX(&cnnrnn::rnn_backward));
   library.impl("rnn_narrow", TORCH_BOX(&cnnrnn::rnn_narrow));
-  library.impl("rnn_cell", TORCH_BOX(&cnnrnn::rnn_cell));
+  library.impl("rnn_cell", cnnrnn::rnn_cell_boxed);
   library.impl("rnn_cell_train", TORCH_BOX(&cnnrnn::rnn_cell_train));
   library.impl("rnn_cell_backward", TORCH_BOX(&cnnrnn::rnn_cell_backward));
   library.impl("rnn_cell_narrow", TORCH_BOX(&cnnrnn::rnn_cell_narrow));

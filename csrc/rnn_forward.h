@@ -154,7 +154,7 @@ class RnnForward {
 
   // The last states, where they do not stand in place already.
   void finish() const {
-    if (H == 0) return;
+    if (H == 0 || (!out.h_n && !out.cells)) return;
     const std::vector<int64_t> length = layout.lengths();
     for (int64_t d = 0; d < D; ++d)
       for (int64_t n = 0; n < N; ++n) {

@@ -83,8 +83,8 @@ inline Tensor new_dense(const Tensor& like, const int64_t* sizes, size_t dims) {
   int32_t dtype;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides, dtype, aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides, dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 inline Tensor new_dense(const Tensor& like, std::initializer_list<int64_t> sizes) {
