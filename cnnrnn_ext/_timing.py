@@ -80,18 +80,22 @@ def paired(
     control: str | None = None,
     pause_s: float = MIN_PAUSE_S,
     turn_s: float = 0.05,
-    max_calls: int = 50,
+    max_samples: int = 50,
+    sample_s: float = 2e-4,
     warmup: int = 5,
+    warmup_s: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Timings:
     """Times ``contenders`` in turns, ``rounds`` times over.
 
     A contender is a callable that does all of its work before it returns. One turn is a pause of ``pause_s``
-    seconds, one uncounted call, then counted calls until they add up to ``turn_s`` seconds or ``max_calls``;
-    the turn's time is their median. ``control`` names the contender that is also compared with itself. Before
-    the first round each contender makes ``warmup`` uncounted calls: lazy initialisation, and an allocator
-    that needs a few calls until it reuses the same buffers.
+    seconds, one uncounted call, then samples until they add up to ``turn_s`` seconds or are ``max_samples``;
+    the turn's time is their median. A sample is one call, or as many as take ``sample_s`` seconds: the clock
+    is read around them all, and reading it costs as much as the shortest kernels. ``control`` names the
+    contender that is also compared with itself. Before the first round each contender makes ``warmup``
+    uncounted calls, or fewer, at least two, that take ``warmup_s`` seconds: lazy initialisation, and an
+    allocator that needs a few calls until it reuses the same buffers.
 
     Raises ValueError for fewer than two rounds, a pause below ``MIN_PAUSE_S`` or an unknown control.
     """
@@ -108,24 +112,35 @@ def paired(
     if control is not None:
         runs[CONTROL] = runs[control]
 
-    def turn(run: Callable[[], object]) -> float:
-        sleep(pause_s)
-        run()
+    def warm(run: Callable[[], object]) -> int:
+        """Warms up; how many calls make a sample."""
         calls: list[float] = []
-        while not calls or (sum(calls) < turn_s and len(calls) < max_calls):
+        while len(calls) < warmup and (len(calls) < 2 or sum(calls) < warmup_s):
             start = clock()
             run()
             calls.append(clock() - start)
-        return statistics.median(calls)
+        fastest = min(calls, default=sample_s)
+        return max(1, round(sample_s / fastest)) if fastest > 0 else 1
 
-    for run in contenders.values():
-        for _ in range(warmup):
-            run()
+    def turn(run: Callable[[], object], calls: int) -> float:
+        sleep(pause_s)
+        run()
+        samples: list[float] = []
+        while not samples or (sum(samples) < turn_s and len(samples) < max_samples):
+            start = clock()
+            for _ in range(calls):
+                run()
+            samples.append(clock() - start)
+        return statistics.median(samples) / calls
+
+    calls = {name: warm(run) for name, run in contenders.items()}
+    if control is not None:
+        calls[CONTROL] = calls[control]
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         first = i // 2 % len(names)
         order = names[first:] + names[:first]
         for name in order if i % 2 == 0 else reversed(order):
-            seconds[name].append(turn(runs[name]))
+            seconds[name].append(turn(runs[name], calls[name]))
     return Timings(seconds, control)
