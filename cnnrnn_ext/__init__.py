@@ -3,13 +3,17 @@
 from cnnrnn_ext import functional, models, reference
 from cnnrnn_ext._backend import backend, trace
 from cnnrnn_ext._version import __version__
-from cnnrnn_ext.modules import LSTM, ConvPool1d, ConvPool2d, LSTMCell
+from cnnrnn_ext.modules import GRU, LSTM, RNN, ConvPool1d, ConvPool2d, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
+    "GRU",
     "LSTM",
+    "RNN",
     "ConvPool1d",
     "ConvPool2d",
+    "GRUCell",
     "LSTMCell",
+    "RNNCell",
     "__version__",
     "backend",
     "functional",

@@ -65,7 +65,7 @@ def trace():
         _state.log = before
 
 
-def _in_function_transform():
+def in_function_transform():
     """Inside torch.func's grad, vmap and the like. A compiled graph has them resolved already."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -74,6 +74,7 @@ def use_compiled(op, tensor, uncovered=None):
     """Whether ``op`` runs on a compiled kernel for this tensor's device and dtype; records the choice.
 
     Args:
+        op: the public function's name, a key of ``_library.COVERAGE``.
         uncovered: why the kernels do not serve this configuration, or None if they do.
     """
     mode = _state.mode
@@ -83,10 +84,10 @@ def use_compiled(op, tensor, uncovered=None):
         kernel, reason = None, uncovered
     elif forward_ad._current_level >= 0:
         kernel, reason = None, "no kernel for forward-mode derivatives"
-    elif _in_function_transform():
+    elif in_function_transform():
         kernel, reason = None, "no kernel for the transforms of torch.func"
     else:
-        kernel, reason = _library.kernel_for(tensor.device.type, tensor.dtype)
+        kernel, reason = _library.kernel_for(op, tensor.device.type, tensor.dtype)
     if kernel is None and mode == "compiled":
         raise RuntimeError(f'{op}: backend("compiled") was asked for, but there is no kernel: {reason}')
     if _state.log is not None and not torch.compiler.is_compiling():

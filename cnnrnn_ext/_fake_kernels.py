@@ -2,7 +2,8 @@
 
 import torch
 
-from cnnrnn_ext._operator_reference import layout_of
+from cnnrnn_ext._operator_conv_pool import layout_of
+from cnnrnn_ext.reference._cells import CELLS
 
 
 def pooled_size(size, kernel, stride, padding, ceil_mode):
@@ -51,54 +52,90 @@ def conv_pool2d_backward(grad_y, x, weight, bias, code, *config):
     )
 
 
-def lstm_train(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh):
-    directions, batch, hidden = h_0.shape
-    output = x.new_empty(x.shape[0], batch, directions * hidden)
-    reserve = x.new_empty(directions, x.shape[0], batch, 5, hidden)
-    return output, h_0.new_empty(h_0.shape), c_0.new_empty(c_0.shape), reserve
+def _batch(x, h_0, batch_sizes):
+    if batch_sizes is None:
+        return x.shape[1]
+    return h_0.shape[1] if h_0 is not None else int(batch_sizes[0])
 
 
-def lstm_backward(
-    grad_output, grad_h_n, grad_c_n, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh,
-    output, reserve, need_x, need_state, need_weight, need_bias,
+def _shape_if(x, condition, *shape):
+    return x.new_empty(*shape) if condition else x.new_empty(0)
+
+
+def _lists(needed, *groups):
+    return tuple([t.new_empty(t.shape) for t in group] if needed else [] for group in groups)
+
+
+def rnn_train(
+    cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, lengths, reset,
 ):  # fmt: skip
-    none = x.new_empty(0)
+    kind, directions, hidden = CELLS[cell], len(weight_ih), weight_hh[0].shape[1]
+    states = directions, _batch(x, h_0, batch_sizes), hidden
+    sequence = *x.shape[:-1], directions * hidden
     return (
-        x.new_empty(x.shape) if need_x else none,
-        h_0.new_empty(h_0.shape) if need_state else none,
-        c_0.new_empty(c_0.shape) if need_state else none,
-        [w.new_empty(w.shape) for w in weight_ih] if need_weight else [],
-        [w.new_empty(w.shape) for w in weight_hh] if need_weight else [],
-        [b.new_empty(b.shape) for b in bias_ih] if need_bias else [],
+        x.new_empty(sequence),
+        x.new_empty(states),
+        _shape_if(x, kind.states == 2, *states),
+        _shape_if(x, kind.states == 2, *sequence),
+        x.new_empty(directions, *x.shape[:-1], kind.kept, hidden),
     )
 
 
-def lstm_cell_train(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
-    return h.new_empty(h.shape), c.new_empty(c.shape), h.new_empty(h.shape[0], 5, h.shape[1])
-
-
-def lstm_cell_backward(
-    grad_h_1, grad_c_1, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh,
-    reserve, need_x, need_state, need_weight, need_bias,
+def rnn_backward(
+    grad_output, grad_h_n, grad_c_n, grad_cells, cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh,
+    batch_sizes, lengths, reset, output, cells, reserve, need_x, need_state, need_weight, need_bias,
 ):  # fmt: skip
-    none = x.new_empty(0)
+    states = len(weight_ih), _batch(x, h_0, batch_sizes), weight_hh[0].shape[1]
     return (
-        x.new_empty(x.shape) if need_x else none,
-        h.new_empty(h.shape) if need_state else none,
-        c.new_empty(c.shape) if need_state else none,
-        weight_ih.new_empty(weight_ih.shape) if need_weight else none,
-        weight_hh.new_empty(weight_hh.shape) if need_weight else none,
-        bias_ih.new_empty(bias_ih.shape) if need_bias and bias_ih is not None else none,
+        _shape_if(x, need_x, *x.shape),
+        _shape_if(x, need_state, *states),
+        _shape_if(x, need_state and CELLS[cell].states == 2, *states),
+        *_lists(need_weight, weight_ih, weight_hh),
+        *_lists(need_bias, bias_ih, bias_hh),
     )
+
+
+def rnn(*args):
+    return rnn_train(*args)[:3]
+
+
+def rnn_narrow(
+    cell, x, h_0, c_0, weight_ih, weight_hh, scale_ih, scale_hh, bias_ih, bias_hh,
+    batch_sizes, lengths, reset,
+):  # fmt: skip
+    return rnn(cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, lengths, reset)
+
+
+def rnn_cell_train(cell, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
+    kind, state = CELLS[cell], (x.shape[0], weight_hh.shape[1])
+    reserve = x.new_empty(state[0], kind.kept, state[1])
+    return x.new_empty(state), _shape_if(x, kind.states == 2, *state), reserve
+
+
+def rnn_cell_backward(
+    grad_h_1, grad_c_1, cell, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, h_1, c_1, reserve,
+    need_x, need_state, need_weight, need_bias,
+):  # fmt: skip
+    state = x.shape[0], weight_hh.shape[1]
+    need_bias = need_bias and bias_ih is not None
+    return (
+        _shape_if(x, need_x, *x.shape),
+        _shape_if(x, need_state, *state),
+        _shape_if(x, need_state and CELLS[cell].states == 2, *state),
+        _shape_if(x, need_weight, *weight_ih.shape),
+        _shape_if(x, need_weight, *weight_hh.shape),
+        _shape_if(x, need_bias, weight_ih.shape[0]),
+        _shape_if(x, need_bias, weight_ih.shape[0]),
+    )
+
+
+def rnn_cell(*args):
+    return rnn_cell_train(*args)[:2]
+
+
+def rnn_cell_narrow(cell, x, h, c, weight_ih, weight_hh, scale_ih, scale_hh, bias_ih, bias_hh):
+    return rnn_cell(cell, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
 def conv_pool2d(*args):
     return conv_pool2d_train(*args)[0]
-
-
-def lstm(*args):
-    return lstm_train(*args)[:3]
-
-
-def lstm_cell(*args):
-    return lstm_cell_train(*args)[:2]

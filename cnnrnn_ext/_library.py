@@ -5,6 +5,7 @@ Nothing else in the package touches a ``.so``; everyone asks ``kernel_for``.
 
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
@@ -15,14 +16,22 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-OPERATORS = ("conv_pool2d", "lstm", "lstm_cell")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FULL = (torch.float32, torch.float64)
 
-# Which dtypes have a kernel of their own, per device. What is missing here runs on the reference.
-_COMPILED_DTYPES = {
-    "cpu": {torch.float32, torch.float64},
-    "cuda": {torch.float32, torch.float64},
+# What has kernels: for each public function its operator, and the dtypes that the kernels of a device take.
+# (functional casts half precision to float32 and back around the recurrent CPU kernels.)
+# What is missing here runs on the reference.
+COVERAGE = {
+    "conv_pool2d": ("conv_pool2d", {"cpu": _FULL, "cuda": _FULL}),
+    "lstm": ("rnn", {"cpu": DTYPES, "cuda": _FULL}),
+    "gru": ("rnn", {"cpu": DTYPES}),
+    "rnn": ("rnn", {"cpu": DTYPES}),
+    "lstm_cell": ("rnn_cell", {"cpu": DTYPES, "cuda": _FULL}),
+    "gru_cell": ("rnn_cell", {"cpu": DTYPES}),
+    "rnn_cell": ("rnn_cell", {"cpu": DTYPES}),
 }
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -93,21 +102,24 @@ def build_module():
     return module if Path(module.__file__).parent == HERE else None
 
 
-def _find_kernel(device, dtype):
+def _find_kernel(function, device, dtype):
     library = libraries()[device]
     if not library.loaded:
         return None, library.reason
-    if dtype not in _COMPILED_DTYPES[device]:
-        return None, f"no {device} kernel for {dtype}"
+    dtypes = COVERAGE[function][1].get(device)
+    if dtypes is None:
+        return None, f"no {device} kernel for {function}"
+    if dtype not in dtypes:
+        return None, f"no {device} kernel of {function} for {dtype}"
     if device == "cuda":
         return "cuda", None
     module = build_module()
     return ("cpu/" + module.active_isa() if module else "cpu"), None
 
 
-def kernel_for(device, dtype):
+def kernel_for(function, device, dtype):
     """(kernel, None) such as ("cpu/avx512", None), or (None, the reason why there is none)."""
-    return KERNELS.get((device, dtype)) or (None, f"no {device} kernel for {dtype}")
+    return KERNELS.get((function, device, dtype)) or (None, f"no {device} kernel of {function} for {dtype}")
 
 
 def schemas():
@@ -118,4 +130,4 @@ def schemas():
 
 
 # A plain table, so that torch.compile can trace through a look-up.
-KERNELS = {(device, dtype): _find_kernel(device, dtype) for device in _COMPILED_DTYPES for dtype in DTYPES}
+KERNELS = {key: _find_kernel(*key) for key in itertools.product(COVERAGE, DEVICES, DTYPES)}

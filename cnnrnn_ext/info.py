@@ -43,21 +43,23 @@ def collect():
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "libraries": libraries,
         "kernels": [
-            _kernel(operator, device, dtype)
-            for operator in _library.OPERATORS
-            for device in ("cpu", "cuda")
+            _kernel(function, device, dtype)
+            for function in _library.COVERAGE
+            for device in _library.DEVICES
             for dtype in _library.DTYPES
         ],
     }
 
 
-def _kernel(operator, device, dtype):
-    kernel, reason = _library.kernel_for(device, dtype)
+def _kernel(function, device, dtype):
+    kernel, reason = _library.kernel_for(function, device, dtype)
     # The table says what a loaded library covers; the dispatcher says what is there.
+    operator = _library.COVERAGE[function][0]
     name = f"{ops.NAMESPACE}::{operator}"
     if kernel and not torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper()):
         kernel, reason = None, f"the library registers no {device} kernel of {operator}"
     return {
+        "function": function,
         "operator": operator,
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
@@ -117,8 +119,8 @@ def _describe_kernels(info):
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     table = {}
     for row in rows:
-        table.setdefault((row["operator"], row["device"]), []).append(row["kernel"] or "reference")
-    for cells in (("operator", "device", *dtypes), *((*key, *kernels) for key, kernels in table.items())):
+        table.setdefault((row["function"], row["device"]), []).append(row["kernel"] or "reference")
+    for cells in (("function", "device", *dtypes), *((*key, *kernels) for key, kernels in table.items())):
         yield "  " + "".join(f"{cell:<14}" for cell in cells).rstrip()
 
     reasons = {}

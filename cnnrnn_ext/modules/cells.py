@@ -1,12 +1,45 @@
 """Single-step recurrent modules."""
 
-import torch
 from torch import nn
 
 from cnnrnn_ext import functional
+from cnnrnn_ext.reference._cells import CELLS
 
 
-class LSTMCell(nn.RNNCellBase):
+class _RecurrentCell(nn.RNNCellBase):
+    """What the three cells share; states are a tuple of one or two here, and as torch has them outside."""
+
+    _state_names = ("hidden",)
+
+    def __init__(self, cell, input_size, hidden_size, bias, device, dtype):
+        gates = CELLS[cell].gates
+        super().__init__(input_size, hidden_size, bias, num_chunks=gates, device=device, dtype=dtype)
+
+    def forward(self, input, hx=None):
+        name, rank = type(self).__name__, input.dim()
+        if rank not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {rank}D instead")
+        pair = len(self._state_names) == 2
+        if hx is not None:
+            for which, state in zip(self._state_names, hx if pair else (hx,), strict=True):
+                if state.dim() not in (1, 2):
+                    raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
+                if state.dim() != rank:
+                    raise RuntimeError(
+                        f"{name}: Expected {which} to be {rank}D as input, got {state.dim()}D instead"
+                    )
+        if rank == 2:
+            return self._step(input, hx)
+        if hx is not None:
+            hx = tuple(state.unsqueeze(0) for state in hx) if pair else hx.unsqueeze(0)
+        new = self._step(input.unsqueeze(0), hx)
+        return tuple(state.squeeze(0) for state in new) if pair else new.squeeze(0)
+
+    def _weights(self):
+        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+
+
+class LSTMCell(_RecurrentCell):
     """One LSTM step. Equivalent to ``nn.LSTMCell`` with the same arguments; state dicts load both ways.
 
     Args:
@@ -21,26 +54,54 @@ class LSTMCell(nn.RNNCellBase):
         RuntimeError: sizes, dtypes or devices that do not fit.
     """
 
-    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+    _state_names = ("h", "c")
 
-    def forward(self, input, hx=None):
-        if input.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        batched = input.dim() == 2
-        if hx is not None:
-            for name, state in zip(("h", "c"), hx, strict=True):
-                if state.dim() not in (1, 2):
-                    raise ValueError(f"LSTMCell: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
-                if state.dim() != input.dim():
-                    raise RuntimeError(
-                        f"LSTMCell: Expected {name} to be {input.dim()}D as input, got {state.dim()}D instead"
-                    )
-        if not batched:
-            input = input.unsqueeze(0)
-            hx = None if hx is None else tuple(state.unsqueeze(0) for state in hx)
-        if hx is None:
-            zeros = torch.zeros(input.shape[0], self.hidden_size, dtype=input.dtype, device=input.device)
-            hx = (zeros, zeros)
-        states = functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        return states if batched else tuple(state.squeeze(0) for state in states)
+    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
+        super().__init__("lstm", input_size, hidden_size, bias, device, dtype)
+
+    def _step(self, input, hx):
+        return functional.lstm_cell(input, hx, *self._weights())
+
+
+class GRUCell(_RecurrentCell):
+    """One GRU step. Equivalent to ``nn.GRUCell`` with the same arguments; state dicts load both ways.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as in ``nn.GRUCell``.
+
+    Shape:
+        input [N, I] or [I]; hx None for zeros, or h [N, H] or [H]. Returns h_1 [N, H] or [H].
+
+    Raises:
+        As :class:`LSTMCell`.
+    """
+
+    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
+        super().__init__("gru", input_size, hidden_size, bias, device, dtype)
+
+    def _step(self, input, hx):
+        return functional.gru_cell(input, hx, *self._weights())
+
+
+class RNNCell(_RecurrentCell):
+    """One step of an Elman network. Equivalent to ``nn.RNNCell`` with the same arguments; state dicts load
+    both ways.
+
+    Args:
+        input_size, hidden_size, bias, nonlinearity, device, dtype: as in ``nn.RNNCell``.
+
+    Shape:
+        As :class:`GRUCell`.
+
+    Raises:
+        As :class:`LSTMCell`; RuntimeError at the call for a nonlinearity other than "tanh" and "relu".
+    """
+
+    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None):
+        super().__init__("rnn_tanh", input_size, hidden_size, bias, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    def _step(self, input, hx):
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return functional.rnn_cell(input, hx, *self._weights(), nonlinearity=self.nonlinearity)

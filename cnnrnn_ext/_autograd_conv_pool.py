@@ -1,0 +1,66 @@
+"""Autograd of the conv_pool operators."""
+
+import torch
+
+from cnnrnn_ext import reference
+from cnnrnn_ext._double_backward import double_backward
+
+
+def setup(ctx, inputs, output):
+    x, weight, bias, *config = inputs
+    _, code = output
+    ctx.save_for_backward(x, weight, bias, code)
+    ctx.config = config
+    ctx.mark_non_differentiable(code)
+    ctx.set_materialize_grads(False)
+
+
+def backward_formula(ctx, grad_y, grad_code):
+    x, weight, bias, code = ctx.saved_tensors
+    nothing = (None,) * len(ctx.config)
+    if grad_y is None:
+        return (None, None, None, *nothing)
+    need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    grads = torch.ops.cnnrnn_ext.conv_pool2d_backward(grad_y, x, weight, bias, code, *ctx.config, *need)
+    return (*(g if n else None for g, n in zip(grads, need, strict=True)), *nothing)
+
+
+def backward_setup(ctx, inputs, output):
+    grad_y, x, weight, bias, _code, *config = inputs
+    ctx.save_for_backward(grad_y, x, weight, bias)
+    ctx.config = config
+    ctx.set_materialize_grads(False)
+
+
+def double_backward_formula(ctx, *outer):
+    grad_y, *inputs = ctx.saved_tensors
+    (
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        pool,
+        pool_size,
+        pool_stride,
+        pool_padding,
+        ceil_mode,
+        *need,
+    ) = ctx.config
+
+    def function(x, weight, bias):
+        y = reference.conv_pool2d(
+            x, weight, bias, stride, padding, dilation, groups, activation=activation, pool=pool,
+            pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding, ceil_mode=ceil_mode,
+        )  # fmt: skip
+        return (y,)
+
+    outer = [o if n else None for o, n in zip(outer, need, strict=True)]
+    grads = double_backward(function, inputs, [grad_y], outer)
+    return (*grads, None, *([None] * len(ctx.config)))
+
+
+FORMULAS = {
+    "conv_pool2d_train": (setup, backward_formula),
+    "conv_pool2d_backward": (backward_setup, double_backward_formula),
+}

@@ -1,0 +1,37 @@
+"""Gradients and dtypes of a call, shared by all functions."""
+
+import torch
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def needs_grad(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_dtype(device):
+    """The dtype of an active autocast region of this device, or None."""
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def cast(dtype, *tensors):
+    """The floating-point tensors below float64 among these, in dtype."""
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )
+
+
+def autocast(*tensors):
+    """The tensors in the dtype of an active autocast region, as torch's own convolution and RNN do."""
+    dtype = autocast_dtype(tensors[0].device)
+    return tensors if dtype is None else cast(dtype, *tensors)
+
+
+def runs_in_float32(tensor):
+    """Whether the recurrent kernels take this dtype by way of float32: halves on the CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype in HALF

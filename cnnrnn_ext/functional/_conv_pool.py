@@ -1,0 +1,164 @@
+"""Convolution, activation and pooling: checks, layout, one operator call."""
+
+import torch
+
+from cnnrnn_ext import reference
+from cnnrnn_ext._backend import use_compiled
+from cnnrnn_ext._checks import (
+    check_choice,
+    check_conv_pool_sizes,
+    check_tensor,
+    conv_arguments,
+    explicit_padding,
+    pool_arguments,
+    shape_of,
+)
+from cnnrnn_ext.functional._common import autocast, needs_grad
+from cnnrnn_ext.ops import CODE_POSITIONS
+
+PRECISIONS = ("highest", "high")
+LARGE_PADDING = 256
+
+
+def conv_pool2d(
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    activation="relu",
+    pool="max",
+    pool_size=2,
+    pool_stride=None,
+    pool_padding=0,
+    ceil_mode=False,
+    precision="highest",
+):
+    """Convolution, bias, activation and pooling as one operator.
+
+    Equivalent to ``F.max_pool2d(F.relu(F.conv2d(input, weight, bias)), 2)`` with the defaults: the map
+    before the pool is never stored. The convolution is torch's, a valid cross-correlation:
+    ``y[n, k, i, j] = bias[k] + sum over c, u, v of weight[k, c, u, v] * input[n, c, i + u, j + v]``.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; contiguous, channels_last or any strides.
+        weight: [K, C / groups, KH, KW], input's dtype and device.
+        bias: [K] or None.
+        stride, padding, dilation: int or pair; padding also "same" or "valid".
+        groups: divides C and K.
+        activation: "none", "relu", "relu6", "leaky_relu", "tanh", "sigmoid", "gelu", "silu" or "elu".
+        pool: "max", "avg" or "none".
+        pool_size, pool_stride, pool_padding, ceil_mode: as in ``F.max_pool2d``; pool_stride defaults to
+            pool_size.
+        precision: "highest", or "high" to allow faster algorithms of larger error where there are any.
+
+    Returns:
+        [N, K, PH, PW] (or [K, PH, PW]) in input's dtype and memory format.
+
+    Raises:
+        TypeError: a non-tensor, or a size that is no integer.
+        ValueError: an unknown activation, pool or precision.
+        RuntimeError: ranks, shapes, dtypes or devices that do not fit, an unknown padding, or an output of
+            no pixels.
+    """
+    check_tensor("input", input)
+    check_tensor("weight", weight)
+    if weight.dim() != 4:
+        raise RuntimeError(f"weight: expected 4 dimensions [K, C/groups, KH, KW], got {shape_of(weight)}")
+    if input.dim() not in (3, 4):
+        raise RuntimeError(f"input: expected [N, C, H, W] or [C, H, W], got shape {shape_of(input)}")
+    input, weight, bias = autocast(input, weight, bias)
+    stride, padding, dilation = conv_arguments(2, input, weight, bias, stride, padding, dilation, groups)
+    pool_size, pool_stride, pool_padding = pool_arguments(2, pool, pool_size, pool_stride, pool_padding)
+    check_choice("activation", activation, tuple(reference.ACTIVATIONS))
+    check_choice("precision", precision, PRECISIONS)
+
+    x = input if input.dim() == 4 else input.unsqueeze(0)
+    pads, uneven = explicit_padding(padding, weight, stride, dilation)
+    check_conv_pool_sizes(
+        x, weight, stride, pads, dilation, pool, pool_size, pool_stride, pool_padding, ceil_mode
+    )
+    options = {
+        "activation": activation,
+        "pool": pool,
+        "pool_size": pool_size,
+        "pool_stride": pool_stride,
+        "pool_padding": pool_padding,
+        "ceil_mode": ceil_mode,
+    }
+    uncovered = uneven or _conv_pool2d_uncovered(x, weight, pads, activation, pool, pool_size)
+    if not use_compiled("conv_pool2d", x, uncovered):
+        return reference.conv_pool2d(input, weight, bias, stride, padding, dilation, groups, **options)
+
+    train = needs_grad(x, weight, bias)
+    operator = torch.ops.cnnrnn_ext.conv_pool2d_train if train else torch.ops.cnnrnn_ext.conv_pool2d
+    y = operator(x, weight, bias, stride, pads, dilation, groups, *options.values())
+    y = y[0] if train else y
+    return y if input.dim() == 4 else y.squeeze(0)
+
+
+def conv_pool1d(
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    activation="relu",
+    pool="max",
+    pool_size=2,
+    pool_stride=None,
+    pool_padding=0,
+    ceil_mode=False,
+    precision="highest",
+):
+    """``conv_pool2d`` for sequences: input [N, C, L] or [C, L], weight [K, C / groups, KL].
+
+    Equivalent to ``F.max_pool1d(F.relu(F.conv1d(input, weight, bias)), 2)`` with the defaults. Runs on
+    the two-dimensional kernels with a height of one. Arguments and errors as in ``conv_pool2d``.
+    """
+    check_tensor("input", input)
+    check_tensor("weight", weight)
+    if weight.dim() != 3:
+        raise RuntimeError(f"weight: expected 3 dimensions [K, C/groups, KL], got {shape_of(weight)}")
+    if input.dim() not in (2, 3):
+        raise RuntimeError(f"input: expected [N, C, L] or [C, L], got shape {shape_of(input)}")
+    input, weight, bias = autocast(input, weight, bias)
+    stride, padding, dilation = conv_arguments(1, input, weight, bias, stride, padding, dilation, groups)
+    pool_size, pool_stride, pool_padding = pool_arguments(1, pool, pool_size, pool_stride, pool_padding)
+    y = conv_pool2d(
+        input.unsqueeze(-2),
+        weight.unsqueeze(-2),
+        bias,
+        (1, *stride),
+        padding if isinstance(padding, str) else (0, *padding),
+        (1, *dilation),
+        groups,
+        activation=activation,
+        pool=pool,
+        pool_size=(1, *pool_size),
+        pool_stride=(1, *pool_stride),
+        pool_padding=(0, *pool_padding),
+        ceil_mode=ceil_mode,
+        precision=precision,
+    )
+    return y.squeeze(-2)
+
+
+def _conv_pool2d_uncovered(x, weight, padding, activation, pool, pool_size):
+    """Why the kernels do not serve this configuration, or None."""
+    if pool != "max":
+        return f"no kernel for pool={pool!r}"
+    if activation not in ("relu", "none"):
+        return f"no kernel for activation={activation!r}"
+    if pool_size[0] * pool_size[1] > CODE_POSITIONS:
+        return f"no kernel for pooling windows of more than {CODE_POSITIONS} positions"
+    # The kernels copy x with its padding, so their memory grows with it.
+    if any(padding[d] > LARGE_PADDING + x.shape[d + 2] for d in (0, 1)):
+        return f"no kernel for a padding of {LARGE_PADDING} more than the input"
+    return None
