@@ -25,9 +25,10 @@ ALLOWED_ERROR = 2.0  # times torch's own
 ROUNDING = {torch.float32: 4, torch.bfloat16: 1}  # units in the last place of the largest value: no error
 PEER_TOLERANCE = 1e-3  # of the largest value: a peer beyond it computes something else
 # A record whose control fails is measured again with more rounds; its first figures do not count.
-ATTEMPTS = 3
-SLOW_S = 0.4  # a call as long as this averages by itself: SLOW_ROUNDS are enough
-SLOW_ROUNDS = 3
+ATTEMPTS = 4
+# A call as long as this averages by itself: fewer rounds are enough, and fewer attempts can be afforded.
+SLOW_ROUNDS = {2.0: 2, 0.4: 3}  # {seconds: rounds}, the longest first
+SLOW_ATTEMPTS = 2
 
 # What foreign packages raise when they cannot take a case.
 PEER_FAILURES = (ImportError, OSError, RuntimeError, TypeError, ValueError)
@@ -178,9 +179,11 @@ def _timed(runs: dict[str, Run], variants: dict[str, Run], rounds: int) -> dict:
     calls = {name: run.call for name, run in (runs | variants).items()}
     start = time.perf_counter()
     calls[STOCK]()
-    rounds = min(rounds, SLOW_ROUNDS) if time.perf_counter() - start > SLOW_S else rounds
+    seconds = time.perf_counter() - start
+    slow = next((few for limit, few in SLOW_ROUNDS.items() if seconds > limit), None)
+    rounds = min(rounds, slow or rounds)
     attempts, timings = 1, paired(calls, rounds, control=STOCK)
-    while not timings.valid and attempts < ATTEMPTS:
+    while not timings.valid and attempts < (SLOW_ATTEMPTS if slow else ATTEMPTS):
         attempts += 1
         timings = paired(calls, rounds * attempts, control=STOCK)
     return {"attempts": attempts, "rounds": rounds * attempts, **summary(timings, variants)}

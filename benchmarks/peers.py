@@ -196,9 +196,8 @@ def _onnxruntime(problem: Problem) -> Run:
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
     for output in session.get_outputs():
         binding.bind_output(output.name, "cpu")
-    return Run(
-        functools.partial(session.run_with_iobinding, binding), lambda _: binding.copy_outputs_to_cpu()
-    )
+    call = functools.partial(session.run_with_iobinding, binding)
+    return Run(call, lambda _: binding.copy_outputs_to_cpu(), feed)
 
 
 def _openvino(problem: Problem) -> Run:
@@ -216,9 +215,11 @@ def _openvino(problem: Problem) -> Run:
     request = compiled.create_infer_request()
     for name, value in feed.items():
         request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
-    return Run(
-        request.infer, lambda _: [request.get_tensor(output).data.copy() for output in compiled.outputs]
-    )
+
+    def read(_: object) -> Results:
+        return [request.get_tensor(output).data.copy() for output in compiled.outputs]
+
+    return Run(request.infer, read, feed)
 
 
 PEERS: tuple[Peer, ...] = (

@@ -1,11 +1,14 @@
 """Paired timing: contenders take turns in one process, so that whatever slows the machine slows them alike.
 
-A figure that leaves this file is a ratio of two times taken in the same round. Three rules keep it honest:
+A figure that leaves this file is a ratio of two times taken in the same round. Four rules keep it honest:
 
 - A turn begins with a pause and one uncounted call. Thread pools (libgomp, ONNX Runtime, OpenVINO) spin for
   a while after their work and steal a core from the next contender; the pause outlasts them, and the
   uncounted call wakes the contender's own pool and warms its caches.
 - The order rotates and turns round, so that nobody always runs first or always behind the same neighbour.
+- A virtual core shares its physical one with strangers, who halve its speed for parts of a second. A probe, a
+  fixed bit of work, runs between the samples of a turn: samples beside a slow probe do not count, as long as
+  others come within a while.
 - The control: one contender takes a second turn in each round. Its ratio to itself must read 1; when it does
   not, the machine was too noisy and the whole measurement is void, good figures and bad ones alike.
 
@@ -22,6 +25,8 @@ from dataclasses import dataclass
 CONTROL = "control"  # name of the second turn of the contender that is compared with itself
 CONTROL_TOLERANCE = 0.05  # the control's median ratio must lie within 1 ± this
 MIN_PAUSE_S = 0.1  # thread pools spin for up to this long after their work
+PROBE_STEPS = 800  # about 20 µs
+PROBE_TOLERANCE = 1.15  # a core shared with a stranger takes 1.5 to 2 times as long
 
 
 def tuned_allocator_env() -> dict[str, str]:
@@ -82,6 +87,7 @@ def paired(
     turn_s: float = 0.05,
     max_samples: int = 50,
     sample_s: float = 2e-4,
+    patience_s: float = 0.5,
     warmup: int = 5,
     warmup_s: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
@@ -92,7 +98,8 @@ def paired(
     A contender is a callable that does all of its work before it returns. One turn is a pause of ``pause_s``
     seconds, one uncounted call, then samples until they add up to ``turn_s`` seconds or are ``max_samples``;
     the turn's time is their median. A sample is one call, or as many as take ``sample_s`` seconds: the clock
-    is read around them all, and reading it costs as much as the shortest kernels. ``control`` names the
+    is read around them all, and reading it costs as much as the shortest kernels. Samples taken while the
+    probe was slow count only if ``patience_s`` seconds of sampling brought no other. ``control`` names the
     contender that is also compared with itself. Before the first round each contender makes ``warmup``
     uncounted calls, or fewer, at least two, that take ``warmup_s`` seconds: lazy initialisation, and an
     allocator that needs a few calls until it reuses the same buffers.
@@ -122,16 +129,34 @@ def paired(
         fastest = min(calls, default=sample_s)
         return max(1, round(sample_s / fastest)) if fastest > 0 else 1
 
+    def probe() -> float:
+        start = clock()
+        for _ in range(PROBE_STEPS):
+            pass
+        return clock() - start
+
+    undisturbed = min(probe() for _ in range(50))
+
     def turn(run: Callable[[], object], calls: int) -> float:
+        nonlocal undisturbed
         sleep(pause_s)
         run()
         samples: list[float] = []
-        while not samples or (sum(samples) < turn_s and len(samples) < max_samples):
+        disturbed: list[float] = []
+        before = probe()
+        while not (samples or disturbed) or (
+            sum(samples) < turn_s and len(samples) < max_samples and sum(disturbed) < patience_s
+        ):
             start = clock()
             for _ in range(calls):
                 run()
-            samples.append(clock() - start)
-        return statistics.median(samples) / calls
+            seconds = clock() - start
+            after = probe()
+            undisturbed = min(undisturbed, before, after)
+            slow = max(before, after) > PROBE_TOLERANCE * undisturbed
+            (disturbed if slow else samples).append(seconds)
+            before = after
+        return statistics.median(samples or disturbed) / calls
 
     calls = {name: warm(run) for name, run in contenders.items()}
     if control is not None:
