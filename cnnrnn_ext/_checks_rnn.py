@@ -73,7 +73,7 @@ def _suffixes(options):
 
 def check_states(names, states):
     if len(states) != len(names):
-        raise RuntimeError(f"hx: expected {len(names)} states ({', '.join(names)}), got {len(states)}")
+        raise RuntimeError(f"hx: expected two states ({', '.join(names)}), got {len(states)}")
     for name, state in zip(names, states, strict=True):
         check_tensor(name, state)
 

@@ -13,12 +13,16 @@ OPERATORS = [schema.split("(")[0] for schema in _library.schemas()]
 
 
 def calls():
-    """One call of each operator, and what it runs on."""
+    """One call of each public function that has kernels."""
     x, w = torch.randn(1, 1, 6, 6), torch.randn(2, 1, 3, 3)
     return {
         "conv_pool2d": lambda: cx.functional.conv_pool2d(x, w),
         "lstm": lambda: cx.LSTM(3, 4)(torch.randn(2, 1, 3)),
+        "gru": lambda: cx.GRU(3, 4)(torch.randn(2, 1, 3)),
+        "rnn": lambda: cx.RNN(3, 4)(torch.randn(2, 1, 3)),
         "lstm_cell": lambda: cx.LSTMCell(3, 4)(torch.randn(1, 3)),
+        "gru_cell": lambda: cx.GRUCell(3, 4)(torch.randn(1, 3)),
+        "rnn_cell": lambda: cx.RNNCell(3, 4)(torch.randn(1, 3)),
     }
 
 
@@ -35,7 +39,7 @@ def test_compiled_runs_no_torch_operator(compiled):
         with torch.profiler.profile() as profile, cx.backend("compiled"), torch.no_grad():
             call()
         events = {event.key for event in profile.key_averages()}
-        assert f"cnnrnn_ext::{name}" in events
+        assert f"cnnrnn_ext::{_library.COVERAGE[name][0]}" in events
         heavy = ("conv2d", "addmm", "linear", "::mm", "max_pool", "sigmoid", "::lstm_cell_out")
         assert not [e for e in events if e.startswith("aten::") and any(h in e for h in heavy)]
 
@@ -47,7 +51,7 @@ def test_reference_runs_no_operator_of_ours():
         assert not [e.key for e in profile.key_averages() if e.key.startswith("cnnrnn_ext::")]
 
 
-@pytest.mark.parametrize("name", ["conv_pool2d", "lstm", "lstm_cell"])
+@pytest.mark.parametrize("name", _library.COVERAGE)
 @pytest.mark.parametrize("mode", ["auto", "compiled"])
 def test_trace_of_a_compiled_call(compiled, mode, name):
     with cx.backend(mode), cx.trace() as log:
@@ -57,7 +61,7 @@ def test_trace_of_a_compiled_call(compiled, mode, name):
 
 
 @pytest.mark.pure
-@pytest.mark.parametrize("name", ["conv_pool2d", "lstm", "lstm_cell"])
+@pytest.mark.parametrize("name", _library.COVERAGE)
 def test_trace_of_a_reference_call(name):
     with cx.backend("reference"), cx.trace() as log:
         calls()[name]()
@@ -70,9 +74,10 @@ UNCOVERED = {
     "pool": lambda: cx.functional.conv_pool2d(torch.randn(1, 1, 6, 6), torch.randn(2, 1, 3, 3), pool="avg"),
     "activation": lambda: cx.ConvPool2d(1, 2, 3, activation="tanh")(torch.randn(1, 1, 6, 6)),
     "proj_size": lambda: cx.LSTM(3, 4, proj_size=2)(torch.randn(2, 1, 3)),
-    "packed": lambda: cx.LSTM(3, 4)(torch.nn.utils.rnn.pack_sequence([torch.randn(2, 3)])),
-    "bfloat16": lambda: cx.LSTM(3, 4, dtype=torch.bfloat16)(torch.randn(2, 1, 3).bfloat16()),
-    "float16": lambda: cx.LSTMCell(3, 4, dtype=torch.float16)(torch.randn(1, 3).half()),
+    "zoneout": lambda: cx.GRU(3, 4, zoneout=0.1)(torch.randn(2, 1, 3)),
+    "recurrent_dropout": lambda: cx.RNN(3, 4, recurrent_dropout=0.1)(torch.randn(2, 1, 3)),
+    "layer_norm": lambda: cx.LSTM(3, 4, layer_norm=True)(torch.randn(2, 1, 3)),
+    "bfloat16": lambda: cx.ConvPool2d(1, 2, 3, dtype=torch.bfloat16)(torch.randn(1, 1, 6, 6).bfloat16()),
     "meta": lambda: cx.LSTMCell(3, 4, device="meta")(torch.empty(1, 3, device="meta")),
 }
 

@@ -46,38 +46,42 @@ def pure_python(tmp_path_factory):
     return folder
 
 
-def call(operator, dtype):
+def call(name, dtype):
     def random(*shape):
         return torch.randn(*shape, dtype=dtype)
 
-    if operator == "conv_pool2d":
-        return cx.functional.conv_pool2d(random(1, 2, 6, 6), random(3, 2, 3, 3))
-    weights = random(12, 2), random(12, 3), random(12), random(12)
-    if operator == "lstm":
-        return cx.functional.lstm(random(2, 1, 2), (random(1, 1, 3), random(1, 1, 3)), weights)
-    return cx.functional.lstm_cell(random(1, 2), (random(1, 3), random(1, 3)), *weights)
+    function = getattr(cx.functional, name)
+    if name == "conv_pool2d":
+        return function(random(1, 2, 6, 6), random(3, 2, 3, 3))
+    rows = {"lstm": 12, "gru": 9, "rnn": 3}[name.removesuffix("_cell")]
+    weights = random(rows, 2), random(rows, 3), random(rows), random(rows)
+    if name.endswith("_cell"):
+        state = random(1, 3)
+        return function(random(1, 2), (state, state) if name == "lstm_cell" else state, *weights)
+    state = random(1, 1, 3)
+    return function(random(2, 1, 2), (state, state) if name == "lstm" else state, weights)
 
 
-def test_every_operator_dtype_and_device_is_listed_once(info):
-    rows = [(row["operator"], row["dtype"], row["device"]) for row in info["kernels"]]
+def test_every_function_dtype_and_device_is_listed_once(info):
+    rows = [(row["function"], row["dtype"], row["device"]) for row in info["kernels"]]
     dtypes = ("float32", "float64", "bfloat16", "float16")
-    expected = {(o, t, d) for o in _library.OPERATORS for t in dtypes for d in ("cpu", "cuda")}
+    expected = {(o, t, d) for o in _library.COVERAGE for t in dtypes for d in ("cpu", "cuda")}
     assert len(rows) == len(expected)
     assert set(rows) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("operator", _library.OPERATORS)
-def test_info_names_the_kernel_that_a_call_runs(info, operator, dtype):
+@pytest.mark.parametrize("function", _library.COVERAGE)
+def test_info_names_the_kernel_that_a_call_runs(info, function, dtype):
     (row,) = (
         row
         for row in info["kernels"]
-        if (row["operator"], row["dtype"], row["device"]) == (operator, dtype, "cpu")
+        if (row["function"], row["dtype"], row["device"]) == (function, dtype, "cpu")
     )
     with cx.trace() as log:
-        call(operator, getattr(torch, dtype))
+        call(function, getattr(torch, dtype))
     assert [(entry.op, entry.backend, entry.kernel, entry.reason) for entry in log] == [
-        (operator, row["backend"], row["kernel"], row["reason"])
+        (function, row["backend"], row["kernel"], row["reason"])
     ]
 
 
@@ -141,10 +145,10 @@ def test_the_page_says_what_the_json_says(info):
     page = run_info(**info["environment"]).stdout
     lines = {tuple(line.split()[:2]): line.split()[2:] for line in page.splitlines() if line.strip()}
     assert torch.__version__ in page
-    for operator in _library.OPERATORS:
+    for function in _library.COVERAGE:
         for device in ("cpu", "cuda"):
-            row = [r for r in info["kernels"] if (r["operator"], r["device"]) == (operator, device)]
-            assert lines[operator, device] == [r["kernel"] or "reference" for r in row]
+            row = [r for r in info["kernels"] if (r["function"], r["device"]) == (function, device)]
+            assert lines[function, device] == [r["kernel"] or "reference" for r in row]
     for row in info["kernels"]:
         assert row["reason"] is None or row["reason"] in page
 

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SELECTION = ("conv_pool", "lstm", "cells", "modules", "operators", "reference", "backend", "bad_input")
+SELECTION = (
+    "conv_pool",
+    "lstm",
+    "cells",
+    "modules",
+    "rnn_features",
+    "operators",
+    "reference",
+    "backend",
+    "bad_input",
+)
 
 
 def environment(**more):

@@ -81,7 +81,7 @@ class _Recurrent(nn.RNNBase):
     def _check_rank(self, states, rank):
         names = self._state_names
         if len(states) != len(names):
-            raise RuntimeError(f"hx: expected {len(names)} states ({', '.join(names)}), got {len(states)}")
+            raise RuntimeError(f"hx: expected two states (h_0, c_0), got {len(states)}")
         for name, state in zip(names, states, strict=True):
             check_tensor(name, state)
         if any(state.dim() != rank for state in states):
