@@ -25,7 +25,7 @@ ALLOWED_ERROR = 2.0  # times torch's own
 ROUNDING = {torch.float32: 4, torch.bfloat16: 1}  # units in the last place of the largest value: no error
 PEER_TOLERANCE = 1e-3  # of the largest value: a peer beyond it computes something else
 # A record whose control fails is measured again with more rounds; its first figures do not count.
-ATTEMPTS = 4
+ATTEMPTS = 3
 # A call as long as this averages by itself: fewer rounds are enough, and fewer attempts can be afforded.
 SLOW_ROUNDS = {2.0: 2, 0.4: 3}  # {seconds: rounds}, the longest first
 SLOW_ATTEMPTS = 2

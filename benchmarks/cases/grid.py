@@ -54,8 +54,8 @@ CELL = (
     *(CellCase(cell, 64, h) for cell in CELLS for h in CELL_SIZES),
 )
 
-# Where the processor has no bfloat16 arithmetic, a training step of stock torch takes 5 s at the first of these
-# sizes and half a minute at the second: one case of training must do, and none in --quick.
+# Where the processor has no bfloat16 arithmetic, a training step of stock torch takes 5 s at the first of
+# these sizes, half a minute at the second: one case of training must do, and none in --quick.
 BFLOAT16 = (
     RNNCase("lstm", 64, 64, 256, 256, dtype=torch.bfloat16),
     RNNCase("lstm", 100, 32, 512, 512, dtype=torch.bfloat16, phases=(FORWARD,)),
