@@ -4,11 +4,7 @@
 //   i, f, o = sigmoid(a_i, a_f, a_o)   g = tanh(a_g)   c = f * c_prev + i * g   h = o * tanh(c)
 #pragma once
 
-#if defined(__CUDACC__)
-#define CNNRNN_GATES_INLINE __host__ __device__ __forceinline__
-#else
-#define CNNRNN_GATES_INLINE inline __attribute__((always_inline))
-#endif
+#include "gates_inline.h"
 
 namespace {
 

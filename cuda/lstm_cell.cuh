@@ -15,16 +15,17 @@ __global__ void __launch_bounds__(kCellThreads) lstm_cell_forward_kernel(LstmCel
   if (index >= int64_t(p.batch) * p.hidden) return;
   const int64_t row = index / p.hidden;
   const int unit = static_cast<int>(index % p.hidden);
+  const int64_t at = row * 4 * p.hidden + unit;
   LstmGates<A> a{0, 0, 0, 0};
-  add_gates<A, T>(a, p.gates_x, row * 4 * p.hidden + unit, p.hidden);
-  add_gates<A, T>(a, p.gates_h, row * 4 * p.hidden + unit, p.hidden);
+  add_gates<A, T>(a, p.gates_x, at, p.hidden);
+  add_gates<A, T>(a, p.gates_h, at, p.hidden);
   add_gates<A, T>(a, p.bias_ih, unit, p.hidden);
   add_gates<A, T>(a, p.bias_hh, unit, p.hidden);
   const LstmGates<A> gates = lstm_activate<GateMath>(a);
   const LstmState<A> state = lstm_update<GateMath>(gates, load_or_zero<A, T>(p.c, index));
-  static_cast<T*>(p.h_1)[index] = narrow_to<T>(state.h);
-  static_cast<T*>(p.c_1)[index] = narrow_to<T>(state.c);
-  store_reserve<T>(gates, state.c, p.reserve, row * 5 * p.hidden + unit, p.hidden);
+  store<T>(state.h, p.h_1, index);
+  store<T>(state.c, p.c_1, index);
+  if (p.reserve) store_gates<T>(gates, p.reserve, at, p.hidden);
 }
 
 template <typename T>
@@ -33,15 +34,14 @@ __global__ void __launch_bounds__(kCellThreads) lstm_cell_backward_kernel(LstmCe
   const int64_t index = int64_t(blockIdx.x) * kCellThreads + threadIdx.x;
   if (index >= int64_t(p.batch) * p.hidden) return;
   const int64_t row = index / p.hidden;
-  const int unit = static_cast<int>(index % p.hidden);
+  const int64_t at = row * 4 * p.hidden + index % p.hidden;
   LstmGates<A> gates{0, 0, 0, 0};
-  add_gates<A, T>(gates, p.reserve, row * 5 * p.hidden + unit, p.hidden);
-  const A c = load_or_zero<A, T>(p.reserve, row * 5 * p.hidden + unit + 4 * int64_t(p.hidden));
+  add_gates<A, T>(gates, p.reserve, at, p.hidden);
   const LstmGradients<A> d =
-      lstm_backward<GateMath>(gates, c, load_or_zero<A, T>(p.c, index), load_or_zero<A, T>(p.grad_h_1, index),
-                              load_or_zero<A, T>(p.grad_c_1, index));
-  store_gates<T>(d.a, p.grad_gates, row * 4 * p.hidden + unit, p.hidden);
-  static_cast<T*>(p.grad_c)[index] = narrow_to<T>(d.c_prev);
+      lstm_backward<GateMath>(gates, load_or_zero<A, T>(p.c_1, index), load_or_zero<A, T>(p.c, index),
+                              load_or_zero<A, T>(p.grad_h_1, index), load_or_zero<A, T>(p.grad_c_1, index));
+  store_gates<T>(d.a, p.grad_gates, at, p.hidden);
+  store<T>(d.c_prev, p.grad_c, index);
 }
 
 inline dim3 cell_grid(int batch, int hidden) {

@@ -23,7 +23,8 @@ __device__ __forceinline__ int time_of(const LstmShape& s, int step, int directi
   return direction == 0 ? step : s.steps - 1 - step;
 }
 
-// Element (row, unit) of a state [D, N, H], of the output [T, N, D*H], and of gate 0 of gates [T, N, 4*H].
+// Element (row, unit) of a state [D, N, H], of output and cells [T, N, D*H], and of gate 0 of gates
+// [T, N, 4*H].
 __device__ __forceinline__ int64_t state_at(const LstmShape& s, int direction, int row, int unit) {
   return (int64_t(direction) * s.batch + row) * s.hidden + unit;
 }
@@ -33,10 +34,10 @@ __device__ __forceinline__ int64_t output_at(const LstmShape& s, int time, int r
 __device__ __forceinline__ int64_t gates_at(const LstmShape& s, int time, int row, int unit) {
   return (int64_t(time) * s.batch + row) * 4 * s.hidden + unit;
 }
-// Of gate i in the reserve [D, T, N, 5, H]; f, g, o and c follow, H elements apart.
+// Of gate i in the reserve [D, T, N, 4, H]; f, g and o follow, H elements apart.
 __device__ __forceinline__ int64_t reserve_at(const LstmShape& s, int direction, int time, int row,
                                               int unit) {
-  return ((int64_t(direction) * s.steps + time) * s.batch + row) * 5 * s.hidden + unit;
+  return ((int64_t(direction) * s.steps + time) * s.batch + row) * 4 * s.hidden + unit;
 }
 
 template <typename A, typename T>
@@ -54,6 +55,11 @@ __device__ __forceinline__ void add_gates(LstmGates<A>& a, const void* data, int
 }
 
 template <typename T, typename A>
+__device__ __forceinline__ void store(const A& value, void* data, int64_t index) {
+  static_cast<T*>(data)[index] = narrow_to<T>(value);
+}
+
+template <typename T, typename A>
 __device__ __forceinline__ void store_gates(const LstmGates<A>& a, void* data, int64_t index, int hidden) {
   T* out = static_cast<T*>(data) + index;
   out[0] = narrow_to<T>(a.i);
@@ -62,12 +68,23 @@ __device__ __forceinline__ void store_gates(const LstmGates<A>& a, void* data, i
   out[3 * int64_t(hidden)] = narrow_to<T>(a.o);
 }
 
+// What a step leaves: its h, and where the backward will want them its gates and its c.
 template <typename T, typename A>
-__device__ __forceinline__ void store_reserve(const LstmGates<A>& gates, A c, void* reserve, int64_t index,
-                                              int hidden) {
-  if (reserve == nullptr) return;
-  store_gates<T>(gates, reserve, index, hidden);
-  static_cast<T*>(reserve)[index + 4 * int64_t(hidden)] = narrow_to<T>(c);
+__device__ __forceinline__ void store_step(const LstmForward& p, const LstmGates<A>& gates,
+                                           const LstmState<A>& state, int direction, int time, int row,
+                                           int unit) {
+  const LstmShape& s = p.shape;
+  const int64_t at = output_at(s, time, row, direction, unit);
+  store<T>(state.h, p.output, at);
+  if (p.cells) store<T>(state.c, p.cells, at);
+  if (p.reserve) store_gates<T>(gates, p.reserve, reserve_at(s, direction, time, row, unit), s.hidden);
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void store_last(const LstmForward& p, A h, A c, int direction, int row, int unit) {
+  const int64_t at = state_at(p.shape, direction, row, unit);
+  store<T>(h, p.h_n, at);
+  store<T>(c, p.c_n, at);
 }
 
 // The cell state before a step of the forward pass.
@@ -75,8 +92,23 @@ template <typename A, typename T>
 __device__ __forceinline__ A cell_before(const LstmBackward& p, int step, int direction, int row, int unit) {
   const LstmShape& s = p.shape;
   if (step == 0) return load_or_zero<A, T>(p.c_0, state_at(s, direction, row, unit));
-  const int64_t at = reserve_at(s, direction, time_of(s, step - 1, direction), row, unit);
-  return load_or_zero<A, T>(p.reserve, at + 4 * int64_t(s.hidden));
+  return load_or_zero<A, T>(p.cells, output_at(s, time_of(s, step - 1, direction), row, direction, unit));
+}
+
+// One step of the backward pass; its gates' gradients are also stored. dh and dc come from the step after it.
+template <typename A, typename T>
+__device__ __forceinline__ LstmGradients<A> step_gradients(const LstmBackward& p, int step, int direction,
+                                                           int row, int unit, A dh, A dc) {
+  const LstmShape& s = p.shape;
+  const int time = time_of(s, step, direction);
+  const int64_t at = output_at(s, time, row, direction, unit);
+  LstmGates<A> gates{0, 0, 0, 0};
+  add_gates<A, T>(gates, p.reserve, reserve_at(s, direction, time, row, unit), s.hidden);
+  const LstmGradients<A> d = lstm_backward<GateMath>(
+      gates, load_or_zero<A, T>(p.cells, at), cell_before<A, T>(p, step, direction, row, unit),
+      dh + load_or_zero<A, T>(p.grad_output, at), dc + load_or_zero<A, T>(p.grad_cells, at));
+  store_gates<T>(d.a, p.grad_gates[direction], gates_at(s, time, row, unit), s.hidden);
+  return d;
 }
 
 struct WeightPointers {

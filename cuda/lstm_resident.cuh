@@ -133,15 +133,11 @@ __global__ void __launch_bounds__(kMaxThreads<kBlocks>, 1) lstm_resident_forward
       h_last = state.h;
       // Nothing is sent in the last step: a block may have returned by then.
       if (step + 1 < s.steps) give_to_group<kBlocks>(&h[(step + 1) % 2 * hidden + unit].v[lane], state.h);
-      static_cast<T*>(p.output)[output_at(s, time, row, direction, unit)] = narrow_to<T>(state.h);
-      store_reserve<T>(gates, c, p.reserve, reserve_at(s, direction, time, row, unit), hidden);
+      store_step<T>(p, gates, state, direction, time, row, unit);
     }
     if (step + 1 < s.steps) group_barrier<kBlocks>();  // the new h is complete, partial sums have been read
   }
-  if (place.active) {
-    static_cast<T*>(p.h_n)[state_at(s, direction, row, unit)] = narrow_to<T>(h_last);
-    static_cast<T*>(p.c_n)[state_at(s, direction, row, unit)] = narrow_to<T>(c);
-  }
+  if (place.active) store_last<T>(p, h_last, c, direction, row, unit);
 }
 
 template <typename T, int kBlocks>
@@ -167,20 +163,12 @@ __global__ void __launch_bounds__(kMaxThreads<kBlocks>, 1) lstm_resident_backwar
   if constexpr (kBlocks > 1) cluster_barrier();  // every block of the group has begun
 
   for (int step = s.steps - 1; step >= 0; --step) {
-    const int time = time_of(s, step, direction);
     Gates4* grad_now = grad + step % 2 * hidden * kGroupRows;
     if (place.owns_unit) {
       LstmGradients<A> d{};
       if (place.active) {
-        const int64_t at = reserve_at(s, direction, time, row, unit);
-        LstmGates<A> gates{0, 0, 0, 0};
-        add_gates<A, T>(gates, p.reserve, at, hidden);
-        const A c = load_or_zero<A, T>(p.reserve, at + 4 * int64_t(hidden));
-        const A c_prev = cell_before<A, T>(p, step, direction, row, unit);
-        dh += load_or_zero<A, T>(p.grad_output, output_at(s, time, row, direction, unit));
-        d = lstm_backward<GateMath>(gates, c, c_prev, dh, dc);
+        d = step_gradients<A, T>(p, step, direction, row, unit, dh, dc);
         dc = d.c_prev;
-        store_gates<T>(d.a, p.grad_gates[direction], gates_at(s, time, row, unit), hidden);
       }
       give_to_group<kBlocks>(&grad_now[unit * kGroupRows + lane], Gates4{d.a.i, d.a.f, d.a.g, d.a.o});
     }
@@ -207,8 +195,8 @@ __global__ void __launch_bounds__(kMaxThreads<kBlocks>, 1) lstm_resident_backwar
         dh += partial[(i * kGroupRows + lane) * place.padded + place.local_unit];
   }
   if (place.active) {
-    static_cast<T*>(p.grad_h_0)[state_at(s, direction, row, unit)] = narrow_to<T>(dh);
-    static_cast<T*>(p.grad_c_0)[state_at(s, direction, row, unit)] = narrow_to<T>(dc);
+    store<T>(dh, p.grad_h_0, state_at(s, direction, row, unit));
+    store<T>(dc, p.grad_c_0, state_at(s, direction, row, unit));
   }
 }
 

@@ -91,17 +91,13 @@ __global__ void __launch_bounds__(kStepThreads, 2) lstm_step_forward(LstmForward
     const Gates4 part = partial[(i * kTileRows + tile.local_row) * kStepUnits + tile.local_unit];
     a = {a.i + part.v[0], a.f + part.v[1], a.g + part.v[2], a.o + part.v[3]};
   }
-  A* cell = static_cast<A*>(p.cell) + state_at(s, direction, tile.row, tile.unit);
+  A* carry = static_cast<A*>(p.carry) + state_at(s, direction, tile.row, tile.unit);
   const LstmGates<A> gates = lstm_activate<GateMath>(a);
   const LstmState<A> state = lstm_update<GateMath>(
-      gates, step == 0 ? load_or_zero<A, T>(p.c_0, state_at(s, direction, tile.row, tile.unit)) : *cell);
-  *cell = state.c;
-  static_cast<T*>(p.output)[output_at(s, time, tile.row, direction, tile.unit)] = narrow_to<T>(state.h);
-  store_reserve<T>(gates, state.c, p.reserve, reserve_at(s, direction, time, tile.row, tile.unit), hidden);
-  if (step == s.steps - 1) {
-    static_cast<T*>(p.h_n)[state_at(s, direction, tile.row, tile.unit)] = narrow_to<T>(state.h);
-    static_cast<T*>(p.c_n)[state_at(s, direction, tile.row, tile.unit)] = narrow_to<T>(state.c);
-  }
+      gates, step == 0 ? load_or_zero<A, T>(p.c_0, state_at(s, direction, tile.row, tile.unit)) : *carry);
+  *carry = state.c;
+  store_step<T>(p, gates, state, direction, time, tile.row, tile.unit);
+  if (step == s.steps - 1) store_last<T>(p, state.h, state.c, direction, tile.row, tile.unit);
 }
 
 // The gradients of step's gates, from those of step + 1. With step = -1 the gradient of h_0 and c_0.
@@ -157,23 +153,14 @@ __global__ void __launch_bounds__(kStepThreads, 2) lstm_step_backward(LstmBackwa
 #pragma unroll
   for (int i = 0; i < kStepParts; ++i)
     dh += partial[(i * kTileRows + tile.local_row) * kStepUnits + tile.local_unit];
-  A* cell = static_cast<A*>(p.cell) + state;
-  const A dc = last ? load_or_zero<A, T>(p.grad_c_n, state) : *cell;
-  if (step < 0) {
-    static_cast<T*>(p.grad_h_0)[state] = narrow_to<T>(dh);
-    static_cast<T*>(p.grad_c_0)[state] = narrow_to<T>(dc);
-    return;
+  A* carry = static_cast<A*>(p.carry) + state;
+  const A dc = last ? load_or_zero<A, T>(p.grad_c_n, state) : *carry;
+  if (step >= 0) {
+    *carry = step_gradients<A, T>(p, step, direction, tile.row, tile.unit, dh, dc).c_prev;
+  } else {
+    store<T>(dh, p.grad_h_0, state);
+    store<T>(dc, p.grad_c_0, state);
   }
-  const int time = time_of(s, step, direction);
-  const int64_t at = reserve_at(s, direction, time, tile.row, tile.unit);
-  LstmGates<A> gates{0, 0, 0, 0};
-  add_gates<A, T>(gates, p.reserve, at, hidden);
-  const A c = load_or_zero<A, T>(p.reserve, at + 4 * int64_t(hidden));
-  const A c_prev = cell_before<A, T>(p, step, direction, tile.row, tile.unit);
-  dh += load_or_zero<A, T>(p.grad_output, output_at(s, time, tile.row, direction, tile.unit));
-  const LstmGradients<A> d = lstm_backward<GateMath>(gates, c, c_prev, dh, dc);
-  *cell = d.c_prev;
-  store_gates<T>(d.a, p.grad_gates[direction], gates_at(s, time, tile.row, tile.unit), hidden);
 }
 
 // ---- launchers ----

@@ -165,23 +165,26 @@ class Lstm:
 
 
 def lstm_oracle(x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh):
-    """(output, h_n, c_n) step by step."""
-    outputs, h_n, c_n = [], [], []
+    """(output, h_n, c_n, cells) step by step."""
+    h_n, c_n, made = [], [], {}
     for d in range(len(weight_hh)):
         h, c = h_0[d], c_0[d]
         steps = range(x.shape[0]) if d == 0 else reversed(range(x.shape[0]))
-        made = {}
         for t in steps:
             gates = F.linear(x[t], weight_ih[d], bias_ih[d] if bias_ih else None)
             gates = gates + F.linear(h, weight_hh[d], bias_hh[d] if bias_hh else None)
             i, f, g, o = gates.chunk(4, -1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
-            made[t] = h
-        outputs.append(torch.stack([made[t] for t in range(x.shape[0])]))
+            made[d, t] = h, c
         h_n.append(h)
         c_n.append(c)
-    return torch.cat(outputs, -1), torch.stack(h_n), torch.stack(c_n)
+
+    def every_step(which):
+        halves = [torch.stack([made[d, t][which] for t in range(len(x))]) for d in range(len(weight_hh))]
+        return torch.cat(halves, -1)
+
+    return every_step(0), torch.stack(h_n), torch.stack(c_n), every_step(1)
 
 
 # About 100 units fit one block, about 300 a cluster; beyond, and without clusters, a launch a step.
@@ -215,49 +218,97 @@ def _differentiated(function, arguments, outer):
     return [*results, *gradients(results, outer, leaves)]
 
 
+WHOLE = (None, None, None)  # whole sequences: no batch_sizes, lengths, reset
+ALL = (True, True, True, True)
+
+
+def lstm_train(ops, operands):
+    """((output, h_n, c_n, cells), reserve), inference being the same to the last bit."""
+    *results, reserve = ops.rnn_train("lstm", *operands, *WHOLE)
+    for train, inference in zip(results[:3], ops.rnn("lstm", *operands, *WHOLE), strict=True):
+        torch.testing.assert_close(inference, train, rtol=0, atol=0)
+    return results, reserve
+
+
+def lstm_backward(ops, outer, operands, results, reserve, need=ALL):
+    """``outer``: the gradients of ``results``, each may be None."""
+    output, _, _, cells = results
+    return ops.rnn_backward(*outer, "lstm", *operands, *WHOLE, output, cells, reserve, *need)
+
+
+def lstm_train_and_backward(ops, operands):
+    """Everything the training operators return, flat."""
+    results, reserve = lstm_train(ops, operands)
+    return [*results, *_flat(lstm_backward(ops, results, operands, results, reserve))]
+
+
+def assert_apart(grad_bias_ih, grad_bias_hh):
+    """The two biases of an LSTM have the same gradient, each in its own memory."""
+    for a, b in zip(grad_bias_ih, grad_bias_hh, strict=True):
+        assert torch.equal(a, b)
+        assert a.data_ptr() != b.data_ptr()
+
+
 def check_lstm(ops, device, case, dtype):
     arguments = case.draw()
     outer = [normal(t.shape) for t in lstm_oracle(*arguments)]
     want = _differentiated(lstm_oracle, arguments, outer)
     theirs = _differentiated(lstm_oracle, _convert(arguments, "cpu", dtype), [g.to(dtype) for g in outer])
-    x, *rest = _convert(arguments, device, dtype)
-    output, h_n, c_n, reserve = ops.lstm_train(x, *rest)
-    for train, inference in zip((output, h_n, c_n), ops.lstm(x, *rest), strict=True):
-        torch.testing.assert_close(inference, train, rtol=0, atol=0)
-    grads = ops.lstm_backward(
-        *_convert(outer, device, dtype), x, *rest, output, reserve, True, True, True, case.bias
-    )
-    bias = grads[5] * 2  # the same for bias_ih and bias_hh
-    assert_as_good([output, h_n, c_n, *grads[:3], *grads[3], *grads[4], *bias], theirs, want)
+    operands = _convert(arguments, device, dtype)
+    results, reserve = lstm_train(ops, operands)
+    assert reserve.shape == (case.d, case.t, case.n, 4, case.h)
+    grads = lstm_backward(ops, _convert(outer, device, dtype), operands, results, reserve)
+    assert_apart(*grads[5:])
+    assert_as_good([*results, *_flat(grads)], theirs, want)
 
 
 def check_lstm_parts(ops, device, case, dtype=torch.float64):
     """Gradients that are missing count as zero; gradients not asked for are empty."""
-    arguments = case.draw()
-    x, *rest = _convert(arguments, device, dtype)
-    output, h_n, c_n, reserve = ops.lstm_train(x, *rest)
-    zeros = [torch.zeros_like(t) for t in (output, h_n, c_n)]
-    for given in range(3):
-        outer = [torch.ones_like(t) if i == given else None for i, t in enumerate(zeros)]
-        full = [z if g is None else g for g, z in zip(outer, zeros, strict=True)]
-        got = ops.lstm_backward(*outer, x, *rest, output, reserve, True, True, False, False)
-        want = ops.lstm_backward(*full, x, *rest, output, reserve, True, True, True, True)
+    operands = _convert(case.draw(), device, dtype)
+    results, reserve = lstm_train(ops, operands)
+    for given in range(4):
+        outer = [torch.ones_like(t) if i == given else None for i, t in enumerate(results)]
+        full = [torch.zeros_like(t) if g is None else g for g, t in zip(outer, results, strict=True)]
+        got = lstm_backward(ops, outer, operands, results, reserve, (True, True, False, False))
+        want = lstm_backward(ops, full, operands, results, reserve)
         for ours, theirs in zip(got[:3], want[:3], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-        assert got[3] == got[4] == got[5] == []
-    got = ops.lstm_backward(*zeros, x, *rest, output, reserve, False, False, True, False)
+        assert got[3:] == ([], [], [], [])
+    got = lstm_backward(ops, results, operands, results, reserve, (False, False, True, False))
     assert [t.shape for t in got[:3]] == [(0,)] * 3
     assert len(got[3]) == len(got[4]) == case.d
-    assert got[5] == []
+    assert got[5:] == ([], [])
+
+
+def check_lstm_without_states(ops, device, case, dtype=torch.float32):
+    """A state that is not given is zero, in the results and in every gradient."""
+    x, *states_and_weights = _convert(case.draw(), device, dtype)
+    states, weights = states_and_weights[:2], states_and_weights[2:]
+    for given in ((), (0,), (1,)):
+        absent = [s if i in given else None for i, s in enumerate(states)]
+        zeros = [s if i in given else torch.zeros_like(s) for i, s in enumerate(states)]
+        got = lstm_train_and_backward(ops, (x, *absent, *weights))
+        want = lstm_train_and_backward(ops, (x, *zeros, *weights))
+        for ours, theirs in zip(got, want, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def cell_oracle(x, h, c, weight_ih, weight_hh, *biases):
     bias_ih, bias_hh = biases or (None, None)
-    output, _, c_1 = lstm_oracle(
+    output, _, c_1, _ = lstm_oracle(
         x[None], h[None], c[None], [weight_ih], [weight_hh],
         [bias_ih] if biases else [], [bias_hh] if biases else [],
     )  # fmt: skip
     return output[0], c_1[0]
+
+
+def lstm_cell_train_and_backward(ops, outer, operands):
+    """(h_1, c_1, gradients), inference being the same to the last bit."""
+    h_1, c_1, reserve = ops.rnn_cell_train("lstm", *operands)
+    assert reserve.shape == (h_1.shape[0], 4, h_1.shape[1])
+    for train, inference in zip((h_1, c_1), ops.rnn_cell("lstm", *operands), strict=True):
+        torch.testing.assert_close(inference, train, rtol=0, atol=0)
+    return h_1, c_1, *ops.rnn_cell_backward(*outer, "lstm", *operands, h_1, c_1, reserve, *ALL)
 
 
 def check_lstm_cell(ops, device, case, dtype):
@@ -267,11 +318,17 @@ def check_lstm_cell(ops, device, case, dtype):
     want = _differentiated(cell_oracle, arguments, outer)
     theirs = _differentiated(cell_oracle, _convert(arguments, "cpu", dtype), [g.to(dtype) for g in outer])
     operands = _convert(arguments, device, dtype) + ([] if case.bias else [None, None])
-    h_1, c_1, reserve = ops.lstm_cell_train(*operands)
-    for train, inference in zip((h_1, c_1), ops.lstm_cell(*operands), strict=True):
-        torch.testing.assert_close(inference, train, rtol=0, atol=0)
-    grads = ops.lstm_cell_backward(
-        *_convert(outer, device, dtype), *operands, reserve, True, True, True, case.bias
-    )
-    bias = [grads[5]] * 2 if case.bias else []
-    assert_as_good([h_1, c_1, *grads[:5], *bias], theirs, want)
+    outer = _convert(outer, device, dtype)
+    got = lstm_cell_train_and_backward(ops, outer, operands)
+    if case.bias:
+        assert_apart(got[7:8], got[8:])
+    else:
+        assert [t.shape for t in got[7:]] == [(0,)] * 2
+    assert_as_good(got if case.bias else got[:7], theirs, want)
+
+    x, h, c, *weights = operands
+    for absent, zeros in (((None, c), (0 * h, c)), ((h, None), (h, 0 * c)), ((None, None), (0 * h, 0 * c))):
+        got = lstm_cell_train_and_backward(ops, outer, (x, *absent, *weights))
+        want = lstm_cell_train_and_backward(ops, outer, (x, *zeros, *weights))
+        for ours, theirs in zip(got, want, strict=True):
+            assert torch.equal(ours, theirs)

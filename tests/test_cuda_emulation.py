@@ -92,9 +92,7 @@ def _multi_chunk(library, ops):
         (SM_80, cases.Lstm(2, 5, 2, 150)),
     ):
         library.emulator_device(*device)
-        x, *rest = cases._convert(case.draw(), "cpu", torch.float32)
-        output, h_n, c_n, reserve = ops.lstm_train(x, *rest)
-        ops.lstm_backward(output, h_n, c_n, x, *rest, output, reserve, True, True, True, True)
+        cases.lstm_train_and_backward(ops, cases._convert(case.draw(), "cpu", torch.float32))
 
 
 def test_every_barrier_is_needed(library, ops):
@@ -225,6 +223,13 @@ def test_lstm_missing_gradients(ops, case):
     cases.check_lstm_parts(ops, "cpu", cases.LSTMS[case])
 
 
+@pytest.mark.parametrize("device", [SM_90, SM_80], ids=["clusters", "no clusters"])
+@pytest.mark.parametrize("case", ["odd", "few_rows"])
+def test_lstm_without_states(library, ops, case, device):
+    library.emulator_device(*device)
+    cases.check_lstm_without_states(ops, "cpu", cases.LSTMS[case])
+
+
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case", [cases.Lstm(1, 5, 4, 33), cases.Lstm(1, 3, 2, 7, bias=False)], ids=["bias", "no_bias"]
@@ -233,18 +238,21 @@ def test_lstm_cell(ops, case, dtype):
     cases.check_lstm_cell(ops, "cpu", case, dtype)
 
 
+@pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
 @pytest.mark.parametrize(("steps", "batch"), [(0, 3), (2, 0)])
-def test_lstm_empty(ops, steps, batch):
+def test_lstm_empty(ops, steps, batch, states):
     case = cases.Lstm(steps, batch, 4, 5)
     x, h_0, c_0, *weights = cases._convert(case.draw(), "cpu", torch.float32)
-    output, h_n, c_n, reserve = ops.lstm_train(x, h_0, c_0, *weights)
-    assert output.shape == (steps, batch, 5)
+    h_0, c_0 = (h_0, c_0) if states else (torch.zeros_like(h_0), torch.zeros_like(c_0))
+    operands = (x, *((h_0, c_0) if states else (None, None)), *weights)
+    results, reserve = cases.lstm_train(ops, operands)
+    output, h_n, c_n, cells = results
+    assert output.shape == cells.shape == (steps, batch, 5)
+    assert reserve.shape == (1, steps, batch, 4, 5)
     assert torch.equal(h_n, h_0)
     assert torch.equal(c_n, c_0)
     ones = torch.ones_like(h_n)
-    grads = ops.lstm_backward(
-        None, ones, None, x, h_0, c_0, *weights, output, reserve, True, True, True, True
-    )
+    grads = cases.lstm_backward(ops, (None, ones, None, None), operands, results, reserve)
     assert torch.equal(grads[1], ones)
     assert not grads[2].any()
     assert not any(g.any() for group in grads[3:] for g in group)
@@ -253,11 +261,75 @@ def test_lstm_empty(ops, steps, batch):
 def test_lstm_refuses(ops):
     x, h_0, c_0, *weights = cases._convert(cases.Lstm(2, 3, 4, 5).draw(), "cpu", torch.float32)
     with pytest.raises(RuntimeError, match=r"h_0: expected shape \[1, 3, 5\], got \[1, 3, 4\]"):
-        ops.lstm(x, h_0[..., :4], c_0, *weights)
+        ops.rnn("lstm", x, h_0[..., :4], c_0, *weights, *cases.WHOLE)
     with pytest.raises(RuntimeError, match=r"weight_ih: expected shape \[20, 3\], got \[20, 4\]"):
-        ops.lstm(x[..., :3], h_0, c_0, *weights)
+        ops.rnn("lstm", x[..., :3], h_0, c_0, *weights, *cases.WHOLE)
     with pytest.raises(RuntimeError, match="bias_ih and bias_hh: give both or neither"):
-        ops.lstm(x, h_0, c_0, *weights[:3], [])
+        ops.rnn("lstm", x, h_0, c_0, *weights[:3], [], *cases.WHOLE)
+    with pytest.raises(RuntimeError, match="bias_ih and bias_hh: give both or neither"):
+        ops.rnn_cell("lstm", x[0], h_0[0], c_0[0], *(w[0] for w in weights[:3]), None)
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong", "expected"),
+    [
+        ("grad_cells", (2, 3, 6), "2, 3, 5"),
+        ("cells", (1, 2, 3, 5), "2, 3, 5"),
+        ("reserve", (1, 2, 3, 5, 5), "1, 2, 3, 4, 5"),
+    ],
+)
+def test_lstm_backward_refuses(ops, argument, wrong, expected):
+    operands = cases._convert(cases.Lstm(2, 3, 4, 5).draw(), "cpu", torch.float32)
+    results, reserve = cases.lstm_train(ops, operands)
+    spoiled = {"grad_cells": None, "cells": results[3], "reserve": reserve} | {argument: torch.zeros(wrong)}
+    with pytest.raises(RuntimeError, match=rf"{argument}: expected shape \[{expected}\]"):
+        cases.lstm_backward(
+            ops, (None, None, None, spoiled["grad_cells"]), operands, [*results[:3], spoiled["cells"]],
+            spoiled["reserve"],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", ["h_1", "c_1", "reserve"])
+def test_lstm_cell_backward_refuses(ops, argument):
+    made = {"h_1": torch.zeros(3, 5), "c_1": torch.zeros(3, 5), "reserve": torch.zeros(3, 4, 5)}
+    made[argument] = torch.zeros(3, 5, 5)
+    weights = (torch.zeros(20, 4), torch.zeros(20, 5), None, None)
+    with pytest.raises(RuntimeError, match=rf"{argument}: expected shape \[3, .*5\], got \[3, 5, 5\]"):
+        ops.rnn_cell_backward(
+            None, None, "lstm", torch.zeros(3, 4), None, None, *weights, *made.values(), *cases.ALL
+        )
+
+
+UNCOVERED = {
+    "batch_sizes": torch.tensor([3, 3]),
+    "lengths": torch.tensor([2, 1, 2]),
+    "reset": torch.zeros(2, 3, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("argument", UNCOVERED)
+def test_lstm_refuses_what_no_kernel_covers(ops, argument):
+    operands = cases._convert(cases.Lstm(2, 3, 4, 5).draw(), "cpu", torch.float32)
+    given = [value if name == argument else None for name, value in UNCOVERED.items()]
+    results, reserve = cases.lstm_train(ops, operands)
+    output, _, _, cells = results
+    for call in (
+        lambda: ops.rnn("lstm", *operands, *given),
+        lambda: ops.rnn_train("lstm", *operands, *given),
+        lambda: ops.rnn_backward(*results, "lstm", *operands, *given, output, cells, reserve, *cases.ALL),
+    ):
+        with pytest.raises(RuntimeError, match=f"{argument}: the CUDA kernels take none"):
+            call()
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh", "rnn_relu", "LSTM"])
+def test_other_cells_are_refused(ops, cell):
+    x, h_0, c_0, *weights = cases._convert(cases.Lstm(2, 3, 4, 5).draw(), "cpu", torch.float32)
+    step = x[0], h_0[0], c_0[0], *(w[0] for w in weights)
+    with pytest.raises(RuntimeError, match=f"cell: the CUDA kernels cover 'lstm', got '{cell}'"):
+        ops.rnn(cell, x, h_0, c_0, *weights, *cases.WHOLE)
+    with pytest.raises(RuntimeError, match=f"cell: the CUDA kernels cover 'lstm', got '{cell}'"):
+        ops.rnn_cell(cell, *step)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -266,8 +338,13 @@ def test_results_do_not_depend_on_the_schedule(library, ops, seed):
     case = cases.CONVS["odd"]
     drawn = case.draw(cases.normal)
     lstm = cases._convert(cases.LSTMS["odd"].draw(), "cpu", torch.float32)
-    first = [*cases.run_conv(ops, "cpu", case, torch.float32, *drawn), *ops.lstm(*lstm)]
+
+    def run():
+        convolved = cases.run_conv(ops, "cpu", case, torch.float32, *drawn)
+        return [*convolved, *cases.lstm_train_and_backward(ops, lstm)]
+
+    first = run()
     library.emulator_seed(1 + seed)
-    second = [*cases.run_conv(ops, "cpu", case, torch.float32, *drawn), *ops.lstm(*lstm)]
+    second = run()
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)

@@ -60,6 +60,11 @@ def test_lstm_missing_gradients(ops, case):
     cases.check_lstm_parts(ops, "cuda", cases.LSTMS[case])
 
 
+@pytest.mark.parametrize("case", ["odd", "few_rows", "h330"])
+def test_lstm_without_states(ops, case):
+    cases.check_lstm_without_states(ops, "cuda", cases.LSTMS[case])
+
+
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("case", [cases.Lstm(1, 5, 4, 33), cases.Lstm(1, 300, 64, 256)], ids=["odd", "large"])
 def test_lstm_cell(ops, case, dtype):
@@ -70,10 +75,8 @@ def _train_everything(ops):
     torch.manual_seed(0)
     conv, lstm = LARGE_CONVS["first_layer"], LARGE_LSTMS["h512"]
     results = [*cases.run_conv(ops, "cuda", conv, torch.float32, *conv.draw(cases.normal))]
-    x, *rest = cases._convert(lstm.draw(), "cuda", torch.float32)
-    output, h_n, c_n, reserve = ops.lstm_train(x, *rest)
-    grads = ops.lstm_backward(output, h_n, c_n, x, *rest, output, reserve, True, True, True, True)
-    return [*results, output, h_n, c_n, *grads[:3], *(g for group in grads[3:] for g in group)]
+    operands = cases._convert(lstm.draw(), "cuda", torch.float32)
+    return [*results, *cases.lstm_train_and_backward(ops, operands)]
 
 
 def test_same_input_same_bits(ops):
@@ -85,14 +88,14 @@ def test_current_stream(ops):
     """Kernels follow torch's current stream, and wait for what is enqueued on it before them."""
     case = cases.LSTMS["odd"]
     x, *rest = cases._convert(case.draw(), "cuda", torch.float32)
-    want = ops.lstm(x, *rest)[0]
+    want = ops.rnn("lstm", x, *rest, *cases.WHOLE)[0]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         late = torch.zeros_like(x)
         torch.cuda._sleep(50_000_000)
         late.copy_(x)
-        got = ops.lstm(late, *rest)[0]
+        got = ops.rnn("lstm", late, *rest, *cases.WHOLE)[0]
     stream.synchronize()
     assert torch.equal(got, want)
 
@@ -100,14 +103,14 @@ def test_current_stream(ops):
 def test_no_host_synchronisation(ops):
     """Forward and backward can be captured in a graph, which a synchronisation would forbid."""
     case, conv = cases.LSTMS["few_rows"], cases.CONVS["odd"]
-    x, *rest = cases._convert(case.draw(), "cuda", torch.float32)
+    operands = cases._convert(case.draw(), "cuda", torch.float32)
     image, weight, bias, _ = (t.float().cuda() for t in conv.draw(cases.normal))
 
     def step():
-        output, h_n, c_n, reserve = ops.lstm_train(x, *rest)
-        grads = ops.lstm_backward(output, h_n, c_n, x, *rest, output, reserve, True, True, True, True)
+        *results, reserve = ops.rnn_train("lstm", *operands, *cases.WHOLE)
+        grads = cases.lstm_backward(ops, results, operands, results, reserve)
         y, code = ops.conv_pool2d_train(image, weight, bias, *conv.arguments)
-        return [output, grads[0], y, *ops.conv_pool2d_backward(
+        return [results[0], grads[0], y, *ops.conv_pool2d_backward(
             y, image, weight, bias, code, *conv.arguments, True, True, True)]  # fmt: skip
 
     want = step()

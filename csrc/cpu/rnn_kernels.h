@@ -3,32 +3,45 @@
 
 #include "isa.h"
 #include "rnn.h"
-#include "rnn_lstm.h"
+#include "rnn_direct.h"
 #include "rnn_product.h"
+#include "rnn_step.h"
 
 namespace {
 
+template <typename T, typename Cell>
+constexpr cnnrnn::CellKernels<T> cell_kernels() {
+  cnnrnn::CellKernels<T> k{};
+  k.gates = Cell::kGates, k.parts = Cell::kParts, k.kept = Cell::kKept, k.joint = Cell::kJoint;
+  k.has_c = Cell::kHasC, k.has_carry = Cell::kHasCarry;
+  k.panel_units = kPanelUnits<T, Cell>, k.tile_rows = kForwardRows<Cell>;
+  k.pack_gates = pack_gates<T, Cell>, k.pack_bias = pack_bias<T, Cell>;
+  k.project = project<T, Cell>, k.forward = forward_step<T, Cell>, k.backward = backward_step<T, Cell>;
+  k.forward_direct = forward_direct<T, Cell>;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    k.forward_bf16 = forward_direct<T, Cell, Bf16>;
+    k.forward_int8 = forward_direct<T, Cell, int8_t>;
+  }
+  return k;
+}
+
 template <typename T>
-constexpr cnnrnn::LstmKernels<T> lstm_kernels() {
+constexpr cnnrnn::RnnKernels<T> rnn_kernels() {
   return {kLanesOf<T>,
           kTileRows,
           kRowBlock,
           pack_columns<T>,
-          pack_gates<T>,
-          pack_bias<T>,
-          lstm_project<T>,
-          lstm_forward_step<T>,
-          lstm_forward_direct<T>,
-          lstm_backward_step<T>,
           multiply_packed<T>,
           multiply_unpacked<T>,
           kProductScratch<T>,
-          sum_rows<T>};
+          sum_rows<T>,
+          {cell_kernels<T, LstmUnits>(), cell_kernels<T, GruUnits>(),
+           cell_kernels<T, ElmanUnits<ElmanTanh>>(), cell_kernels<T, ElmanUnits<ElmanRelu>>()}};
 }
 
 }  // namespace
 
 namespace cnnrnn {
-extern const RnnKernels CNNRNN_TABLE(rnn);
-const RnnKernels CNNRNN_TABLE(rnn) = {lstm_kernels<float>(), lstm_kernels<double>()};
+extern const RnnTable CNNRNN_TABLE(rnn);
+const RnnTable CNNRNN_TABLE(rnn) = {rnn_kernels<float>(), rnn_kernels<double>()};
 }  // namespace cnnrnn

@@ -1,7 +1,7 @@
 // Packing, and the matrix products outside the scan: gradients of the input and of the weights.
 #pragma once
 
-#include "rnn_tile.h"
+#include "rnn_step.h"
 
 namespace {
 
@@ -17,58 +17,80 @@ constexpr int64_t kRowBlock = 8 * kTileRows;
 template <typename T>
 constexpr int64_t kProductScratch = kDepthBlock * (kPanelGroup * kPanel<T> + kRowBlock);
 
+// Row k of a row-major B.
 template <typename T>
-CNNRNN_INLINE void pack_panel(const T* b, int64_t stride, int64_t depth, int64_t columns, T* out) {
+struct MatrixRows {
+  const T* first;
+  int64_t stride;
+  const T* const* each;  // where each row begins, or null
+  CNNRNN_INLINE const T* operator()(int64_t k) const { return each ? each[k] : first + k * stride; }
+};
+
+// 4 vectors of columns from `column` on, of `depth` rows from `from` on.
+template <typename T>
+CNNRNN_INLINE void pack_panel(const MatrixRows<T>& b, int64_t from, int64_t depth, int64_t columns,
+                              int64_t column, T* out) {
   constexpr int L = kLanesOf<T>;
-  for (int64_t k = 0; k < depth; ++k)
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* row = b(from + k) + column;
     for (int v = 0; v < 4; ++v)
-      storeu(out + (k * 4 + v) * L, load_n(b + k * stride + v * L, valid(columns, v * L, L)));
+      storeu(out + (k * 4 + v) * L, load_n(row + v * L, valid(columns - column, v * L, L)));
+  }
 }
 
 template <typename T>
 void pack_columns(const T* b, int64_t stride, int64_t depth, int64_t columns, int64_t first, int64_t last,
                   T* out) {
   for (int64_t p = first; p < last; ++p)
-    pack_panel(b + p * kPanel<T>, stride, depth, columns - p * kPanel<T>, out + p * depth * kPanel<T>);
+    pack_panel<T>({b, stride, nullptr}, 0, depth, columns, p * kPanel<T>, out + p * depth * kPanel<T>);
 }
 
-template <typename T>
+template <typename T, typename Cell>
 void pack_gates(const T* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out) {
-  constexpr int L = kLanesOf<T>;
+  constexpr int L = kLanesOf<T>, U = Cell::kUnitVectors, V = kVectorsOf<Cell>;
   for (int64_t p = first; p < last; ++p) {
-    T* panel = out + p * depth * kPanel<T>;
-    const int64_t n = valid(hidden, p * L, L);
+    T* panel = out + p * depth * V * L;
     for (int64_t k = 0; k < depth; k += L) {
       const int64_t width = valid(depth, k, L);
-      for (int g = 0; g < 4; ++g) {
-        const T* from = w + (g * hidden + p * L) * depth + k;
+      for (int v = 0; v < V; ++v) {
+        const int64_t unit = (p * U + v % U) * L, n = valid(hidden, unit, L);
+        const T* from = w + (v / U * hidden + unit) * depth + k;
         Vec<T> rows[L];
         for (int l = 0; l < L; ++l) rows[l] = l < n ? load_n(from + l * depth, width) : Vec<T>{};
         transpose<T>(rows);
-        T* to = panel + (k * 4 + g) * L;
+        T* to = panel + (k * V + v) * L;
         for (int l = 0; l < L; ++l)
-          if (l < width) storeu(to + l * 4 * L, rows[l]);
+          if (l < width) storeu(to + l * V * L, rows[l]);
       }
     }
   }
 }
 
-template <typename T>
+// [panels][parts][panel_units]: the two bias vectors' sum, or each by itself where the parts stand apart.
+template <typename T, typename Cell>
 void pack_bias(const T* ih, const T* hh, int64_t hidden, T* out) {
   constexpr int L = kLanesOf<T>;
-  for (int64_t unit = 0; unit < hidden; unit += L) {
-    const int64_t n = valid(hidden, unit, L);
-    for (int g = 0; g < 4; ++g) {
-      const int64_t at = g * hidden + unit;
-      storeu(out + unit * 4 + g * L, load_n(ih + at, n) + load_n(hh + at, n));
+  const auto take = [&](const T* bias, int g, int64_t unit) {
+    return load_n(bias + g * hidden + unit, valid(hidden, unit, L));
+  };
+  for (int64_t panel = 0; panel * kPanelUnits<T, Cell> < hidden; ++panel)
+    for (int u = 0; u < Cell::kUnitVectors; ++u) {
+      const int64_t unit = panel * kPanelUnits<T, Cell> + u * L;
+      T* to = out + panel * Cell::kParts * kPanelUnits<T, Cell> + u * L;
+      for (int g = 0; g < Cell::kGates; ++g) {
+        const bool joint = g < Cell::kJoint;
+        storeu(to + g * kPanelUnits<T, Cell>,
+               joint ? take(ih, g, unit) + take(hh, g, unit) : take(ih, g, unit));
+        if (!joint) storeu(to + (g + Cell::kGates - Cell::kJoint) * kPanelUnits<T, Cell>, take(hh, g, unit));
+      }
     }
-  }
 }
 
 template <typename T, bool kByRow>
 struct ProductTile {
   const T* a;
   int64_t a_stride;
+  const T* const* a_rows;
   const T* b;
   int64_t depth;
   T* c;
@@ -81,10 +103,13 @@ struct ProductTile {
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < 4; ++v) prefetch_to_write(c + (row + r) * c_stride + v * L);
     Vec<T> acc[Rows][4] = {};
-    if constexpr (kByRow)
-      add_product<T, Rows>(acc, a + row * a_stride, a_stride, b, depth);
-    else
-      multiply_tile<T, Rows, false>(acc, a + row, a_stride, b, depth);
+    if constexpr (kByRow) {
+      const T* from[Rows];
+      for (int r = 0; r < Rows; ++r) from[r] = a_rows ? a_rows[row + r] : a + (row + r) * a_stride;
+      add_product<T, Rows, 4>(acc, from, b, depth);
+    } else {
+      multiply_columns<T, Rows>(acc, a + row, a_stride, b, depth);
+    }
     for (int r = 0; r < Rows; ++r) {
       for (int v = 0; v < 4; ++v) {
         const int64_t n = valid(columns, v * L, L);
@@ -102,14 +127,10 @@ void multiply_packed(const Product<T>& p, int64_t first, int64_t last) {
   const int64_t tiles = tiles_of(p.rows);
   for (int64_t task = first; task < last; ++task) {
     const int64_t panel = task / tiles, column = panel * kPanel<T>;
-    const ProductTile<T, true> tile = {p.a,
-                                       p.a_row,
-                                       p.b + panel * p.depth * kPanel<T>,
-                                       p.depth,
-                                       p.c + column,
-                                       p.c_stride,
-                                       p.columns - column,
-                                       p.accumulate};
+    const ProductTile<T, true> tile = {
+        p.a,         p.a_row,      p.a_rows,   p.b + panel * p.depth * kPanel<T>,
+        p.depth,     p.c + column, p.c_stride, p.columns - column,
+        p.accumulate};
     dispatch_tile(p.rows, task % tiles, tile);
   }
 }
@@ -135,8 +156,8 @@ void multiply_unpacked(const Product<T>& p, int64_t first, int64_t last, T* scra
     for (int64_t k = 0; k == 0 || k < p.depth; k += kDepthBlock) {
       const int64_t depth = p.depth - k < kDepthBlock ? p.depth - k : kDepthBlock;
       for (int64_t panel = group; panel < group_end; ++panel)
-        pack_panel(p.b + k * p.b_stride + panel * kPanel<T>, p.b_stride, depth, p.columns - panel * kPanel<T>,
-                   scratch + (panel - group) * kDepthBlock * kPanel<T>);
+        pack_panel<T>({p.b, p.b_stride, p.b_rows}, k, depth, p.columns, panel * kPanel<T>,
+                      scratch + (panel - group) * kDepthBlock * kPanel<T>);
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t row = block * kRowBlock;
         const int64_t rows = p.rows - row < kRowBlock ? p.rows - row : kRowBlock;
@@ -148,6 +169,7 @@ void multiply_unpacked(const Product<T>& p, int64_t first, int64_t last, T* scra
           copied = true;
           const ProductTile<T, false> tile = {a_block,
                                               kRowBlock,
+                                              nullptr,
                                               scratch + (panel - group) * kDepthBlock * kPanel<T>,
                                               depth,
                                               p.c + row * p.c_stride + column,

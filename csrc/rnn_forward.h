@@ -1,0 +1,191 @@
+// A recurrent layer over a whole sequence: what to pack, how to cut the work, in which order.
+#pragma once
+
+#include "rnn_run.h"
+
+namespace cnnrnn {
+
+template <typename T>
+class RnnForward {
+ public:
+  RnnForward(const RnnKernels<T>& kernels, Cell cell, const RnnProblem<T>& problem, const RnnOutputs<T>& out)
+      : k(kernels.cells[cell]), p(problem), out(out) {
+    work_ = p.scan_work(k.gates) + p.input_work(k.gates);
+    workers_ = threads_for(work_, D * panels_ * ceil_div(std::max<int64_t>(layout.rows, 1), k.tile_rows));
+    // Packing costs as much as the product of some rows.
+    const bool few = layout.rows <= kDirectRows;
+    direct_ = few || N <= kDirectBatch;
+    // x * W inside the scan's steps if the weights stay in cache from step to step, else as large products
+    // ahead of it: there a panel of W serves the rows of many steps.
+    const int64_t weight_bytes = D * packed(p.input + H) * static_cast<int64_t>(sizeof(T));
+    fused_ = few || (!direct_ &&
+                     (layout.steps == 1 || (N >= k.tile_rows && weight_bytes / workers_ <= kCachedBytes)));
+  }
+
+  // Narrow weights are read as they come by the direct kernels alone.
+  static bool takes_narrow(const Layout& layout) { return layout.rows <= kDirectRows; }
+
+  void run() {
+    if (!p.h_0 || !p.c_0 || p.reset) zeros_ = scratch_.template take_zeros<T>(H);
+    pack();
+    // Projections are made for some steps at a time: few enough to be still in cache when the scan comes.
+    constexpr int64_t kProjectedBytes = 2 << 20;
+    const int64_t step_bytes = std::max<int64_t>(D * N * k.gates * H * static_cast<int64_t>(sizeof(T)), 1);
+    const int64_t enough_rows = ceil_div(96, std::max<int64_t>(N, 1));
+    chunk_ = fused_ ? layout.steps : std::max(kProjectedBytes / step_bytes, enough_rows);
+    chunk_ = std::min(std::max<int64_t>(chunk_, 1), layout.steps);
+    if (!fused_ && !projects_in_place()) projected_ = scratch_.template take<T>(D * chunk_ * N * k.gates * H);
+    for (from_ = 0; from_ < layout.steps; from_ += chunk_) {
+      count_ = std::min(chunk_, layout.steps - from_);
+      if (!fused_) project();
+      scan();
+    }
+    finish();
+  }
+
+ private:
+  // So few rows in all, or in a step, that reading the weights as they come is faster than packing them.
+  static constexpr int64_t kDirectRows = 16, kDirectBatch = 2;
+
+  int64_t packed(int64_t depth) const { return panels_ * k.gates * k.panel_units * depth; }
+
+  void pack() {
+    if (!fused_ || !direct_) w_ = scratch_.template take<T>(D * packed(p.input));
+    if (!direct_) r_ = scratch_.template take<T>(D * packed(H));
+    if (!direct_ && p.bias_ih[0]) bias_ = scratch_.template take<T>(D * packed_bias());
+    if (!w_) return;
+    for_workers(workers_, [&](int64_t worker) {
+      const Share share(panels_, worker, workers_);
+      for (int64_t d = 0; d < D; ++d) {
+        k.pack_gates(weights(p.weight_ih[d]), H, p.input, share.first, share.last, w_ + d * packed(p.input));
+        if (r_) k.pack_gates(weights(p.weight_hh[d]), H, H, share.first, share.last, r_ + d * packed(H));
+        if (bias_ && worker == 0) k.pack_bias(p.bias_ih[d], p.bias_hh[d], H, bias_ + d * packed_bias());
+      }
+    });
+  }
+  int64_t packed_bias() const { return panels_ * k.parts * k.panel_units; }
+  static const T* weights(const void* w) { return static_cast<const T*>(w); }
+
+  // The chunk's first time: steps from_ .. from_ + count_ of direction 1 lie mirrored.
+  int64_t chunk_time(int64_t d) const { return d == 0 ? from_ : layout.steps - from_ - count_; }
+
+  // Where x * W waits until its step overwrites it: with what is kept for the backward, or, for a cell of one
+  // gate, in the output.
+  bool projects_in_place() const { return k.gates == 1 || (out.reserve && k.kept >= k.gates); }
+  int64_t projection_stride() const {
+    return k.gates == 1 ? D * H : (projects_in_place() ? k.kept : k.gates) * H;
+  }
+  T* projection_at(int64_t d, int64_t t) const {
+    if (k.gates == 1) return out.output + layout.offset(t) * D * H + d * H;
+    if (projects_in_place()) return kept_at(d, t);
+    return projected_ + (d * chunk_ * N + layout.offset(t) - layout.offset(chunk_time(d))) * k.gates * H;
+  }
+  T* kept_at(int64_t d, int64_t t) const {
+    return out.reserve + (d * layout.rows + layout.offset(t)) * k.kept * H;
+  }
+
+  void project() {
+    for_workers(workers_, [&](int64_t worker) {
+      for (int64_t d = 0; d < D; ++d) {
+        const int64_t t = chunk_time(d), first = layout.offset(t);
+        RnnForwardStep<T> step{};
+        step.rows = layout.offset(t + count_) - first, step.hidden = H, step.input = p.input;
+        step.x = p.x + first * p.input, step.x_stride = p.input;
+        step.w = w_ + d * packed(p.input);
+        step.projection = projection_at(d, t), step.projection_stride = projection_stride();
+        const Share share(panels_ * ceil_div(step.rows, k.tile_rows), worker, workers_);
+        k.project(step, share.first, share.last);
+      }
+    });
+  }
+
+  int64_t scan_tasks(int64_t rows) const { return panels_ * (direct_ ? 1 : ceil_div(rows, k.tile_rows)); }
+
+  void scan() {
+    const int64_t bytes = packed(fused_ ? p.input + H : H) * static_cast<int64_t>(sizeof(T));
+    const ScanPlan plan(fused_ ? work_ : p.scan_work(k.gates) * count_ / layout.steps, D, N, scan_tasks(N),
+                        k.tile_rows, bytes);
+    const auto kernel = !direct_                      ? k.forward
+                        : p.weights == Weights::kBf16 ? k.forward_bf16
+                        : p.weights == Weights::kInt8 ? k.forward_int8
+                                                      : k.forward_direct;
+    plan.run(
+        count_, D, layout,
+        [&](int64_t s, int64_t d, int64_t row, int64_t last, int64_t worker, int64_t of, int64_t directions) {
+          const int64_t rows = std::min(last, layout.size(layout.time(d, from_ + s))) - row;
+          if (rows <= 0) return;
+          const Share share = direction_share(scan_tasks(rows), d, directions, worker, of);
+          kernel(make_step(s, d, row, rows), share.first, share.last);
+        });
+  }
+
+  RnnForwardStep<T> make_step(int64_t s, int64_t d, int64_t row, int64_t rows) const {
+    const int64_t t = layout.time(d, from_ + s), at = layout.offset(t) + row;
+    RnnForwardStep<T> step{};
+    step.rows = rows, step.hidden = H, step.input = p.input;
+    step.downward = s % 2 == 1;
+    step.projected = !fused_;
+    if (fused_) {
+      step.x = p.x + at * p.input, step.x_stride = p.input;
+      step.w = direct_ ? p.weight_ih[d] : w_ + d * packed(p.input);
+    } else {
+      step.projection = projection_at(d, t) + row * projection_stride();
+      step.projection_stride = projection_stride();
+    }
+    step.r = direct_ ? p.weight_hh[d] : r_ + d * packed(H);
+    step.bias = bias_ ? bias_ + d * packed_bias() : nullptr;
+    step.bias_ih = p.bias_ih[d], step.bias_hh = p.bias_hh[d];
+    step.scale_ih = p.scale_ih[d], step.scale_hh = p.scale_hh[d];
+    step.h = p.before(out.output, D * H, p.h_0, zeros_, d, from_ + s, row);
+    if (k.kept > 0 && out.reserve)
+      step.kept = kept_at(d, t) + row * k.kept * H, step.kept_stride = k.kept * H;
+    if (k.has_c) {
+      step.c = p.before(out.cells, D * H, p.c_0, zeros_, d, from_ + s, row);
+      if (out.cells) {
+        step.c_out = out.cells + at * D * H + d * H, step.c_out_stride = D * H;
+      } else {
+        step.c_out = out.c_n + p.state_offset(d) + row * H, step.c_out_stride = H;
+        step.c.before = step.c_out, step.c.before_stride = H;
+      }
+    }
+    step.h_out = out.output + at * D * H + d * H, step.h_out_stride = D * H;
+    return step;
+  }
+
+  // The last states, where they do not stand in place already.
+  void finish() const {
+    if (H == 0) return;
+    const std::vector<int64_t> length = layout.lengths();
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t n = 0; n < N; ++n) {
+        const int64_t state = p.state_offset(d) + n * H;
+        const bool begins = n < layout.begun();
+        const int64_t t = begins && d == 0 ? length[n] - 1 : 0;
+        const int64_t at = begins ? (layout.offset(t) + n) * D * H + d * H : 0;
+        if (out.h_n) copy_state(out.h_n + state, begins ? out.output + at : p.h_0 ? p.h_0 + state : nullptr);
+        if (!out.c_n || (begins && !out.cells)) continue;
+        copy_state(out.c_n + state, begins ? out.cells + at : p.c_0 ? p.c_0 + state : nullptr);
+      }
+  }
+  void copy_state(T* to, const T* from) const {
+    const size_t bytes = static_cast<size_t>(H) * sizeof(T);
+    if (from)
+      std::memcpy(to, from, bytes);
+    else
+      std::memset(to, 0, bytes);
+  }
+
+  const CellKernels<T>& k;
+  const RnnProblem<T>& p;
+  const RnnOutputs<T>& out;
+  const Layout& layout = p.layout;
+  const int64_t N = layout.batch, H = p.hidden, D = p.directions;
+  const int64_t panels_ = ceil_div(H, k.panel_units);
+  double work_;
+  int64_t workers_, chunk_ = 0, from_ = 0, count_ = 0;
+  bool direct_, fused_;
+  T *w_ = nullptr, *r_ = nullptr, *bias_ = nullptr, *projected_ = nullptr, *zeros_ = nullptr;
+  Scratch scratch_;
+};
+
+}  // namespace cnnrnn
