@@ -97,7 +97,7 @@ def _axis(ax: plt.Axes, names: Sequence[str]) -> None:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}×")
     low, high = ax.get_xlim()
-    ax.set_xlim(min(low, 0.5), max(high, 2) * 2.5)  # room for the names of the peers
+    ax.set_xlim(min(low, 0.5), max(high, 2) * 4)  # room for the names of the peers
     ax.axvline(1, color="black", linewidth=1)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_ylim(-0.6, max(len(names), 1) - 0.4)
