@@ -178,7 +178,7 @@ def rnn_backward(
 
     def steps(sequence, d):
         """Direction d of [T, N, D*H] or [R, D*H], a tensor for each step."""
-        return sequence.reshape(len(rows), -1)[:, d * hidden : (d + 1) * hidden].split(sizes)
+        return sequence.reshape(len(rows), sequence.shape[-1])[:, d * hidden : (d + 1) * hidden].split(sizes)
 
     def joined(parts, width):
         return torch.cat(parts) if parts else x.new_empty(0, width)

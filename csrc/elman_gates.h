@@ -12,7 +12,7 @@ struct ElmanTanh {
     return Math::tanh(a);
   }
   // The gradient of a, from h itself.
-  template <typename V>
+  template <typename Math, typename V>
   static CNNRNN_GATES_INLINE V backward(const V& h, const V& dh) {
     return dh * (1 - h * h);
   }
@@ -22,11 +22,11 @@ struct ElmanRelu {
   // As torch's: NaN stays NaN, in the gradient too.
   template <typename Math, typename V>
   static CNNRNN_GATES_INLINE V activate(const V& a) {
-    return a < 0 ? V{} : a;
+    return Math::relu(a);
   }
-  template <typename V>
+  template <typename Math, typename V>
   static CNNRNN_GATES_INLINE V backward(const V& h, const V& dh) {
-    return h <= 0 ? V{} : dh;
+    return Math::relu_gradient(h, dh);
   }
 };
 

@@ -8,70 +8,105 @@
 #include "../elman_gates.h"
 #include "../gru_gates.h"
 #include "../lstm_gates.h"
+#include "pack.h"
 #include "rnn_tile.h"
-#include "vmath.h"
 
 namespace {
 
 using cnnrnn::RnnBackwardStep;
 using cnnrnn::RnnForwardStep;
 
-// `n` hidden units of a row, from `unit` on.
+// Some vectors of hidden units: the same units of consecutive rows, or units side by side in one row
+// (kBeside). kFull: every vector is whole; otherwise units from `hidden` on do not exist.
+template <bool kBeside, bool kFull>
 struct Units {
-  int64_t row, unit, n;
+  int64_t row, unit, hidden;
+
+  template <typename T>
+  CNNRNN_INLINE int64_t step(int64_t stride) const {
+    return kBeside ? kLanesOf<T> : stride;
+  }
+  template <typename T>
+  CNNRNN_INLINE int64_t count(int i) const {
+    return kFull ? kLanesOf<T> : valid(hidden, unit + (kBeside ? i * kLanesOf<T> : 0), kLanesOf<T>);
+  }
+  CNNRNN_INLINE int64_t unit_of(int i, int lanes) const { return unit + (kBeside ? i * lanes : 0); }
+  CNNRNN_INLINE int64_t row_of(int i) const { return kBeside ? row : row + i; }
 };
 
-template <typename T, int Count>
-CNNRNN_INLINE void store_parts(T* to, int64_t hidden, int64_t n, const Vec<T> (&parts)[Count]) {
-  for (int p = 0; p < Count; ++p) store_n(to + p * hidden, parts[p], n);
+template <int Count, typename T, typename At>
+CNNRNN_INLINE Pack<T, Count> load_units(const T* from, int64_t stride, const At& at) {
+  Pack<T, Count> y;
+  from += at.row * stride + at.unit;
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i, from += at.template step<T>(stride))
+    y.v[i] = load_n(from, at.template count<T>(i));
+  return y;
 }
 
-template <typename T>
-CNNRNN_INLINE Vec<T> load_state(const cnnrnn::StateRows<T>& s, const Units& at) {
-  return load_n(state_row(s, at.row) + at.unit, at.n);
+template <typename T, int Count, typename At>
+CNNRNN_INLINE void store_units(T* to, int64_t stride, const At& at, const Pack<T, Count>& y) {
+  to += at.row * stride + at.unit;
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i, to += at.template step<T>(stride))
+    store_n(to, y.v[i], at.template count<T>(i));
+}
+
+template <int Count, typename T, typename At>
+CNNRNN_INLINE Pack<T, Count> load_state(const cnnrnn::StateRows<T>& s, const At& at) {
+  if (!s.reset && at.row_of(Count - 1) < s.carried)
+    return load_units<Count, T>(s.before, s.before_stride, at);
+  Pack<T, Count> y;
+  for (int i = 0; i < Count; ++i)
+    y.v[i] = load_n(state_row(s, at.row_of(i)) + at.unit_of(i, kLanesOf<T>), at.template count<T>(i));
+  return y;
 }
 
 // The gradient that a step hands to the one before it, by way of `carry`: none to a row it did not read.
-template <typename T>
-CNNRNN_INLINE void store_carry(const RnnBackwardStep<T>& s, const cnnrnn::StateRows<T>& state,
-                               const Units& at, const Vec<T>& value) {
-  store_n(s.carry + at.row * s.carry_stride + at.unit, is_reset(state, at.row) ? Vec<T>{} : value, at.n);
-}
-
-template <typename T>
-CNNRNN_INLINE const T* kept_at(const RnnBackwardStep<T>& s, const Units& at) {
-  return s.kept + at.row * s.kept_stride + at.unit;
-}
-
-template <typename T>
-CNNRNN_INLINE Vec<T> load_carry(const RnnBackwardStep<T>& s, const Units& at) {
-  return load_n(s.carry + at.row * s.carry_stride + at.unit, at.n);
+template <typename T, int Count, typename At>
+CNNRNN_INLINE void store_carry(const RnnBackwardStep<T>& s, const cnnrnn::StateRows<T>& state, const At& at,
+                               Pack<T, Count> y) {
+  if (state.reset)
+    for (int i = 0; i < Count; ++i)
+      if (is_reset(state, at.row_of(i))) y.v[i] = Vec<T>{};
+  store_units(s.carry, s.carry_stride, at, y);
 }
 
 struct LstmUnits {
   static constexpr int kGates = 4, kJoint = 4, kParts = 4, kKept = 4, kUnitVectors = 1;
   static constexpr bool kHasC = true, kHasCarry = true;
 
-  template <typename T>
-  static CNNRNN_INLINE void forward(const RnnForwardStep<T>& s, const Units& at, const Vec<T> (&a)[kParts]) {
-    const LstmGates<Vec<T>> y = lstm_activate<VectorMath>(LstmGates<Vec<T>>{a[0], a[1], a[2], a[3]});
-    const LstmState<Vec<T>> state = lstm_update<VectorMath>(y, load_state(s.c, at));
-    if (s.kept)
-      store_parts<T, kKept>(s.kept + at.row * s.kept_stride + at.unit, s.hidden, at.n, {y.i, y.f, y.g, y.o});
-    store_n(s.c_out + at.row * s.c_out_stride + at.unit, state.c, at.n);
-    store_n(s.h_out + at.row * s.h_out_stride + at.unit, state.h, at.n);
+  template <typename T, int Count, typename At>
+  static CNNRNN_INLINE void forward(const RnnForwardStep<T>& s, const At& at,
+                                    const Pack<T, Count> (&a)[kParts]) {
+    using P = Pack<T, Count>;
+    const LstmGates<P> y = lstm_activate<PackMath>(LstmGates<P>{a[0], a[1], a[2], a[3]});
+    const LstmState<P> state = lstm_update<PackMath>(y, load_state<Count>(s.c, at));
+    if (s.kept) {
+      store_units(s.kept, s.kept_stride, at, y.i);
+      store_units(s.kept + s.hidden, s.kept_stride, at, y.f);
+      store_units(s.kept + 2 * s.hidden, s.kept_stride, at, y.g);
+      store_units(s.kept + 3 * s.hidden, s.kept_stride, at, y.o);
+    }
+    store_units(s.c_out, s.c_out_stride, at, state.c);
+    store_units(s.h_out, s.h_out_stride, at, state.h);
   }
 
-  template <typename T>
-  static CNNRNN_INLINE void backward(const RnnBackwardStep<T>& s, const Units& at, const Vec<T>& dh) {
-    const T* kept = kept_at(s, at);
-    const LstmGates<Vec<T>> y = {load_n(kept, at.n), load_n(kept + s.hidden, at.n),
-                                 load_n(kept + 2 * s.hidden, at.n), load_n(kept + 3 * s.hidden, at.n)};
-    Vec<T> dc = load_carry(s, at);
-    if (s.dc_1) dc += load_n(s.dc_1 + at.row * s.dc_1_stride + at.unit, at.n);
-    const Vec<T> c = load_n(s.c_now + at.row * s.c_now_stride + at.unit, at.n);
-    const LstmGradients<Vec<T>> d = lstm_backward<VectorMath>(y, c, load_state(s.c, at), dh, dc);
-    store_parts<T, kParts>(s.d + at.row * s.d_stride + at.unit, s.hidden, at.n, {d.a.i, d.a.f, d.a.g, d.a.o});
+  template <typename T, int Count, typename At>
+  static CNNRNN_INLINE void backward(const RnnBackwardStep<T>& s, const At& at, const Pack<T, Count>& dh) {
+    using P = Pack<T, Count>;
+    const LstmGates<P> y = {load_units<Count>(s.kept, s.kept_stride, at),
+                            load_units<Count>(s.kept + s.hidden, s.kept_stride, at),
+                            load_units<Count>(s.kept + 2 * s.hidden, s.kept_stride, at),
+                            load_units<Count>(s.kept + 3 * s.hidden, s.kept_stride, at)};
+    P dc = load_units<Count>(s.carry, s.carry_stride, at);
+    if (s.dc_1) dc = dc + load_units<Count>(s.dc_1, s.dc_1_stride, at);
+    const P c = load_units<Count>(s.c_now, s.c_now_stride, at);
+    const LstmGradients<P> d = lstm_backward<PackMath>(y, c, load_state<Count>(s.c, at), dh, dc);
+    store_units(s.d, s.d_stride, at, d.a.i);
+    store_units(s.d + s.hidden, s.d_stride, at, d.a.f);
+    store_units(s.d + 2 * s.hidden, s.d_stride, at, d.a.g);
+    store_units(s.d + 3 * s.hidden, s.d_stride, at, d.a.o);
     store_carry(s, s.c, at, d.c_prev);
   }
 };
@@ -80,23 +115,33 @@ struct GruUnits {
   static constexpr int kGates = 3, kJoint = 2, kParts = 4, kKept = 4, kUnitVectors = 1;
   static constexpr bool kHasC = false, kHasCarry = true;
 
-  template <typename T>
-  static CNNRNN_INLINE void forward(const RnnForwardStep<T>& s, const Units& at, const Vec<T> (&a)[kParts]) {
-    const GruGates<Vec<T>> y = gru_activate<VectorMath>(GruGates<Vec<T>>{a[0], a[1], a[2], a[3]});
-    const Vec<T> h = gru_update(y, load_state(s.h, at));
-    if (s.kept)
-      store_parts<T, kKept>(s.kept + at.row * s.kept_stride + at.unit, s.hidden, at.n,
-                            {y.r, y.z, y.n, y.n_h});
-    store_n(s.h_out + at.row * s.h_out_stride + at.unit, h, at.n);
+  template <typename T, int Count, typename At>
+  static CNNRNN_INLINE void forward(const RnnForwardStep<T>& s, const At& at,
+                                    const Pack<T, Count> (&a)[kParts]) {
+    using P = Pack<T, Count>;
+    const GruGates<P> y = gru_activate<PackMath>(GruGates<P>{a[0], a[1], a[2], a[3]});
+    if (s.kept) {
+      store_units(s.kept, s.kept_stride, at, y.r);
+      store_units(s.kept + s.hidden, s.kept_stride, at, y.z);
+      store_units(s.kept + 2 * s.hidden, s.kept_stride, at, y.n);
+      store_units(s.kept + 3 * s.hidden, s.kept_stride, at, y.n_h);
+    }
+    store_units(s.h_out, s.h_out_stride, at, gru_update(y, load_state<Count>(s.h, at)));
   }
 
-  template <typename T>
-  static CNNRNN_INLINE void backward(const RnnBackwardStep<T>& s, const Units& at, const Vec<T>& dh) {
-    const T* kept = kept_at(s, at);
-    const GruGates<Vec<T>> y = {load_n(kept, at.n), load_n(kept + s.hidden, at.n),
-                                load_n(kept + 2 * s.hidden, at.n), load_n(kept + 3 * s.hidden, at.n)};
-    const GruGradients<Vec<T>> d = gru_backward(y, load_state(s.h, at), dh + load_carry(s, at));
-    store_parts<T, kParts>(s.d + at.row * s.d_stride + at.unit, s.hidden, at.n, {d.r, d.z, d.n_x, d.n_h});
+  template <typename T, int Count, typename At>
+  static CNNRNN_INLINE void backward(const RnnBackwardStep<T>& s, const At& at, const Pack<T, Count>& dh) {
+    using P = Pack<T, Count>;
+    const GruGates<P> y = {load_units<Count>(s.kept, s.kept_stride, at),
+                           load_units<Count>(s.kept + s.hidden, s.kept_stride, at),
+                           load_units<Count>(s.kept + 2 * s.hidden, s.kept_stride, at),
+                           load_units<Count>(s.kept + 3 * s.hidden, s.kept_stride, at)};
+    const P dh_all = dh + load_units<Count>(s.carry, s.carry_stride, at);
+    const GruGradients<P> d = gru_backward(y, load_state<Count>(s.h, at), dh_all);
+    store_units(s.d, s.d_stride, at, d.r);
+    store_units(s.d + s.hidden, s.d_stride, at, d.z);
+    store_units(s.d + 2 * s.hidden, s.d_stride, at, d.n_x);
+    store_units(s.d + 3 * s.hidden, s.d_stride, at, d.n_h);
     store_carry(s, s.h, at, d.h_prev);
   }
 };
@@ -106,16 +151,16 @@ struct ElmanUnits {
   static constexpr int kGates = 1, kJoint = 1, kParts = 1, kKept = 0, kUnitVectors = 4;
   static constexpr bool kHasC = false, kHasCarry = false;
 
-  template <typename T>
-  static CNNRNN_INLINE void forward(const RnnForwardStep<T>& s, const Units& at, const Vec<T> (&a)[kParts]) {
-    store_n(s.h_out + at.row * s.h_out_stride + at.unit, Activation::template activate<VectorMath>(a[0]),
-            at.n);
+  template <typename T, int Count, typename At>
+  static CNNRNN_INLINE void forward(const RnnForwardStep<T>& s, const At& at,
+                                    const Pack<T, Count> (&a)[kParts]) {
+    store_units(s.h_out, s.h_out_stride, at, Activation::template activate<PackMath>(a[0]));
   }
 
-  template <typename T>
-  static CNNRNN_INLINE void backward(const RnnBackwardStep<T>& s, const Units& at, const Vec<T>& dh) {
-    const Vec<T> h = load_n(s.h_now + at.row * s.h_now_stride + at.unit, at.n);
-    store_n(s.d + at.row * s.d_stride + at.unit, Activation::backward(h, dh), at.n);
+  template <typename T, int Count, typename At>
+  static CNNRNN_INLINE void backward(const RnnBackwardStep<T>& s, const At& at, const Pack<T, Count>& dh) {
+    const Pack<T, Count> h = load_units<Count>(s.h_now, s.h_now_stride, at);
+    store_units(s.d, s.d_stride, at, Activation::template backward<PackMath>(h, dh));
   }
 };
 

@@ -96,7 +96,11 @@ CNNRNN_INLINE void direct_units(const RnnForwardStep<T>& s, int64_t row, int64_t
       }
     }
   }
-  for (int64_t r = 0; r < rows; ++r) Cell::forward(s, Units{row + r, unit, n}, a[r]);
+  for (int64_t r = 0; r < rows; ++r) {
+    Pack<T, 1> one[Cell::kParts];
+    for (int p = 0; p < Cell::kParts; ++p) one[p].v[0] = a[r][p];
+    Cell::template forward<T, 1>(s, Units<false, false>{row + r, unit, s.hidden}, one);
+  }
 }
 
 template <typename T, typename Cell, typename W = T>

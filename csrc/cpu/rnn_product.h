@@ -102,12 +102,15 @@ struct ProductTile {
     constexpr int L = kLanesOf<T>;
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < 4; ++v) prefetch_to_write(c + (row + r) * c_stride + v * L);
-    Vec<T> acc[Rows][4] = {};
+    Vec<T> acc[Rows][4];
     if constexpr (kByRow) {
       const T* from[Rows];
       for (int r = 0; r < Rows; ++r) from[r] = a_rows ? a_rows[row + r] : a + (row + r) * a_stride;
-      add_product<T, Rows, 4>(acc, from, b, depth);
+      product<T, Rows, 4, Into::kSet>(acc, from, b, depth);
     } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < 4; ++v) acc[r][v] = Vec<T>{};
       multiply_columns<T, Rows>(acc, a + row, a_stride, b, depth);
     }
     for (int r = 0; r < Rows; ++r) {

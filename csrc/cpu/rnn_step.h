@@ -20,11 +20,11 @@ CNNRNN_INLINE const T* panel_of(const void* packed, int64_t panel, int64_t depth
 }
 
 template <typename T, typename Cell, int Rows>
-CNNRNN_INLINE void add_input_product(const RnnForwardStep<T>& s, int64_t panel, int64_t row,
-                                     Vec<T> (&acc)[Rows][kVectorsOf<Cell>]) {
+CNNRNN_INLINE void input_product(const RnnForwardStep<T>& s, int64_t panel, int64_t row,
+                                 Vec<T> (&acc)[Rows][kVectorsOf<Cell>]) {
   const T* x[Rows];
   for (int r = 0; r < Rows; ++r) x[r] = s.x + (row + r) * s.x_stride;
-  add_product<T, Rows, kVectorsOf<Cell>>(acc, x, panel_of<T, Cell>(s.w, panel, s.input), s.input);
+  product<T, Rows, kVectorsOf<Cell>, Into::kSet>(acc, x, panel_of<T, Cell>(s.w, panel, s.input), s.input);
 }
 
 // x * W only. The result waits in `projection` until the scan reaches its time step.
@@ -41,8 +41,8 @@ struct ProjectTile {
     for (int r = 0; r < Rows; ++r)
       for (int g = 0; g < Cell::kGates; ++g)
         prefetch_to_write(s.projection + (row + r) * s.projection_stride + g * s.hidden + unit);
-    Vec<T> acc[Rows][kVectorsOf<Cell>] = {};
-    add_input_product<T, Cell, Rows>(s, panel, row, acc);
+    Vec<T> acc[Rows][kVectorsOf<Cell>];
+    input_product<T, Cell, Rows>(s, panel, row, acc);
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < kVectorsOf<Cell>; ++v)
         store_n(s.projection + (row + r) * s.projection_stride + v / U * s.hidden + unit + v % U * L,
@@ -76,36 +76,54 @@ struct ForwardTile {
     const int64_t unit = panel * kPanelUnits<T, Cell>;
     prefetch_rows<Rows>(row, unit);
     const T* h[Rows];
-    for (int r = 0; r < Rows; ++r) h[r] = state_row(s.h, row + r);
-    Vec<T> acc[Rows][V] = {};
-    if (!s.projected) add_input_product<T, Cell, Rows>(s, panel, row, acc);
+    state_rows<T, Rows>(s.h, row, h);
     // Where a gate keeps the two products apart, the input's steps aside for the state's.
     constexpr int kApart = (Cell::kGates - Cell::kJoint) * U;
-    Vec<T> input_part[Rows][kApart + 1];
-    for (int r = 0; r < Rows; ++r)
-      for (int v = 0; v < kApart; ++v) {
-        input_part[r][v] = acc[r][Cell::kJoint * U + v];
-        acc[r][Cell::kJoint * U + v] = Vec<T>{};
-      }
-    add_product<T, Rows, V>(acc, h, panel_of<T, Cell>(s.r, panel, s.hidden), s.hidden);
-    for (int r = 0; r < Rows; ++r)
-      for (int u = 0; u < U; ++u) {
-        const Units at = {row + r, unit + u * L, valid(s.hidden, unit + u * L, L)};
-        if (at.n == 0) break;
-        Vec<T> a[Cell::kParts];
-        for (int g = 0; g < Cell::kJoint; ++g) a[g] = acc[r][g * U + u];
-        for (int g = Cell::kJoint; g < Cell::kGates; ++g) {
-          a[g] = input_part[r][(g - Cell::kJoint) * U + u];
-          a[Cell::kGates + g - Cell::kJoint] = acc[r][g * U + u];
+    Vec<T> acc[Rows][V], input_part[Rows][kApart + 1];
+    if (s.projected) {
+      product<T, Rows, V, Into::kSet>(acc, h, panel_of<T, Cell>(s.r, panel, s.hidden), s.hidden);
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < kApart; ++v) input_part[r][v] = Vec<T>{};
+    } else {
+      input_product<T, Cell, Rows>(s, panel, row, acc);
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < kApart; ++v) {
+          input_part[r][v] = acc[r][Cell::kJoint * U + v];
+          acc[r][Cell::kJoint * U + v] = Vec<T>{};
         }
-        if (s.projected)
-          for (int g = 0; g < Cell::kGates; ++g)
-            a[g] += load_n(s.projection + at.row * s.projection_stride + g * s.hidden + at.unit, at.n);
-        if (s.bias)
-          for (int p = 0; p < Cell::kParts; ++p)
-            a[p] += loadu(s.bias + (panel * Cell::kParts + p) * kPanelUnits<T, Cell> + u * L);
-        Cell::forward(s, at, a);
+      product<T, Rows, V, Into::kAdd>(acc, h, panel_of<T, Cell>(s.r, panel, s.hidden), s.hidden);
+    }
+    if (unit + kPanelUnits<T, Cell> <= s.hidden)
+      finish<Rows, true>(row, acc, input_part);
+    else
+      finish<Rows, false>(row, acc, input_part);
+  }
+
+  template <int Rows, bool kFull, int kApart>
+  CNNRNN_INLINE void finish(int64_t row, const Vec<T> (&acc)[Rows][V],
+                            const Vec<T> (&input_part)[Rows][kApart]) const {
+    for (int u = 0; u < U; ++u) {
+      const Units<false, kFull> at = {row, panel * kPanelUnits<T, Cell> + u * L, s.hidden};
+      if (at.unit >= s.hidden) break;
+      Pack<T, Rows> a[Cell::kParts];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        for (int g = 0; g < Cell::kJoint; ++g) a[g].v[r] = acc[r][g * U + u];
+        for (int g = Cell::kJoint; g < Cell::kGates; ++g) {
+          a[g].v[r] = input_part[r][(g - Cell::kJoint) * U + u];
+          a[Cell::kGates + g - Cell::kJoint].v[r] = acc[r][g * U + u];
+        }
       }
+      if (s.projected)
+        for (int g = 0; g < Cell::kGates; ++g)
+          a[g] = a[g] + load_units<Rows, T>(s.projection + g * s.hidden, s.projection_stride, at);
+      if (s.bias)
+        for (int p = 0; p < Cell::kParts; ++p) {
+          const Vec<T> bias = loadu(s.bias + (panel * Cell::kParts + p) * kPanelUnits<T, Cell> + u * L);
+          for (int r = 0; r < Rows; ++r) a[p].v[r] += bias;
+        }
+      Cell::template forward<T, Rows>(s, at, a);
+    }
   }
 };
 
@@ -139,29 +157,38 @@ struct BackwardTile {
   template <int Rows>
   void run(int64_t row) const {
     prefetch_rows<Rows>(row);
-    Vec<T> acc[Rows][4] = {};
+    Vec<T> acc[Rows][4];
     if (s.d_next) {
       // The weights' rows are the gates; the state's part of a gate that keeps it apart stands last in d.
       constexpr int kJoint = Cell::kJoint, kApart = Cell::kGates - kJoint;
       const T* d[Rows];
       for (int r = 0; r < Rows; ++r) d[r] = next_row(row + r);
       const T* weights = s.r + panel * Cell::kGates * s.hidden * kPanel<T>;
-      add_product<T, Rows, 4>(acc, d, weights, kJoint * s.hidden);
+      product<T, Rows, 4, Into::kSet>(acc, d, weights, kJoint * s.hidden);
       if constexpr (kApart > 0) {
         for (int r = 0; r < Rows; ++r) d[r] += Cell::kGates * s.hidden;
-        add_product<T, Rows, 4>(acc, d, weights + kJoint * s.hidden * kPanel<T>, kApart * s.hidden);
+        product<T, Rows, 4, Into::kAdd>(acc, d, weights + kJoint * s.hidden * kPanel<T>, kApart * s.hidden);
       }
+    } else {
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < 4; ++v) acc[r][v] = Vec<T>{};
     }
-    for (int r = 0; r < Rows; ++r) {
-      for (int v = 0; v < 4; ++v) {
-        const int64_t unit = panel * kPanel<T> + v * L;
-        const Units at = {row + r, unit, valid(s.hidden, unit, L)};
-        if (at.n == 0) break;
-        Vec<T> dh = acc[r][v];
-        if (s.dh_1) dh += load_n(s.dh_1 + at.row * s.dh_1_stride + unit, at.n);
-        if (s.dh_n && at.row >= s.continued) dh += load_n(s.dh_n + at.row * s.dh_n_stride + unit, at.n);
-        Cell::backward(s, at, dh);
-      }
+    if ((panel + 1) * kPanel<T> <= s.hidden)
+      finish<Rows, true>(row, acc);
+    else
+      finish<Rows, false>(row, acc);
+  }
+
+  template <int Rows, bool kFull>
+  CNNRNN_INLINE void finish(int64_t row, const Vec<T> (&acc)[Rows][4]) const {
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < Rows; ++r) {
+      const Units<true, kFull> at = {row + r, panel * kPanel<T>, s.hidden};
+      Pack<T, 4> dh;
+      for (int v = 0; v < 4; ++v) dh.v[v] = acc[r][v];
+      if (s.dh_1) dh = dh + load_units<4>(s.dh_1, s.dh_1_stride, at);
+      if (s.dh_n && row + r >= s.continued) dh = dh + load_units<4>(s.dh_n, s.dh_n_stride, at);
+      Cell::backward(s, at, dh);
     }
   }
 };

@@ -97,18 +97,26 @@ CNNRNN_INLINE void multiply_columns(Vec<T> (&acc)[Rows][4], const T* a, int64_t 
 // Sums of this length are added up by themselves, which keeps the rounding error of long ones down.
 constexpr int64_t kSumBlock = 256;
 
-// sum += A * panel, for rows of A that are contiguous.
-template <typename T, int Rows, int V>
-CNNRNN_INLINE void add_product(Vec<T> (&sum)[Rows][V], const T* const (&a)[Rows], const T* b, int64_t depth) {
-  for (int64_t k = 0; k < depth; k += kSumBlock) {
+// sum = A * panel, or sum += A * panel, for rows of A that are contiguous. Nothing is set to zero beforehand:
+// clearing an array of accumulators in memory takes longer than a short product.
+enum class Into { kSet, kAdd };
+template <typename T, int Rows, int V, Into into>
+CNNRNN_INLINE void product(Vec<T> (&sum)[Rows][V], const T* const (&a)[Rows], const T* b, int64_t depth) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kSumBlock) {
     const int64_t block = depth - k < kSumBlock ? depth - k : kSumBlock;
-    Vec<T> acc[Rows][V] = {};
+    Vec<T> acc[Rows][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
     if constexpr (Rows == 1)
       multiply_one_row<T, V>(acc, a, k, b + k * V * kLanesOf<T>, block);
     else
       multiply_rows<T, Rows, V>(acc, a, k, b + k * V * kLanesOf<T>, block);
+#pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
-      for (int v = 0; v < V; ++v) sum[r][v] += acc[r][v];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[r][v] = into == Into::kAdd || k > 0 ? sum[r][v] + acc[r][v] : acc[r][v];
   }
 }
 
@@ -152,6 +160,16 @@ template <typename T>
 CNNRNN_INLINE const T* state_row(const cnnrnn::StateRows<T>& s, int64_t row) {
   if (is_reset(s, row)) return s.zeros;
   return row < s.carried ? s.before + row * s.before_stride : s.initial + row * s.initial_stride;
+}
+
+// Where consecutive rows find their states.
+template <typename T, int Rows>
+CNNRNN_INLINE void state_rows(const cnnrnn::StateRows<T>& s, int64_t row, const T* (&rows)[Rows]) {
+  if (!s.reset && row + Rows <= s.carried) {
+    for (int r = 0; r < Rows; ++r) rows[r] = s.before + (row + r) * s.before_stride;
+  } else {
+    for (int r = 0; r < Rows; ++r) rows[r] = state_row(s, row + r);
+  }
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 #pragma once
 
 #include <cstdint>
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -111,6 +111,17 @@ template <typename V>
 CNNRNN_INLINE V vmin(V a, V b) {
   return a < b ? a : b;
 }
+// Compilers make a comparison and a blend of the lines above, not the one instruction that does the same.
+#if defined(__AVX512F__)
+CNNRNN_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+CNNRNN_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX2__)
+CNNRNN_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+CNNRNN_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+#elif defined(__x86_64__)
+CNNRNN_INLINE vf vmax(vf a, vf b) { return _mm_max_ps(a, b); }
+CNNRNN_INLINE vf vmin(vf a, vf b) { return _mm_min_ps(a, b); }
+#endif
 
 // a[0], b[0], a[1], b[1], ... beginning at a[first]; first is 0 or half the lanes.
 template <typename T, int first>
