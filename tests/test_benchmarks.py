@@ -14,7 +14,6 @@ from benchmarks import cases, limits, measure, peers, plot, report, scaling
 from benchmarks.peers import OURS, STOCK
 from cnnrnn_ext import _timing
 
-
 COMPLETE = {
     "family": "conv_pool",
     "group": "conv_pool",
