@@ -39,7 +39,7 @@ demo: $(INSTALLED) ## train a CNN→LSTM on moving digits; pictures and metrics 
 test: $(INSTALLED) ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(INSTALLED) $(HAVE_BENCH) ## measure against the peers; ARGS=--quick takes two minutes
+bench: $(INSTALLED) $(HAVE_BENCH) ## measure against the peers; ARGS=--quick, --scaling, --family lstm, …
 	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(HAVE_LINT) ## ruff and clang-format, as checks

@@ -1,11 +1,14 @@
 """Paired timing: contenders take turns in one process, so that whatever slows the machine slows them alike.
 
-A figure that leaves this file is a ratio of two times taken in the same round. Three rules keep it honest:
+A figure that leaves this file is a ratio of two times taken in the same round. Four rules keep it honest:
 
 - A turn begins with a pause and one uncounted call. Thread pools (libgomp, ONNX Runtime, OpenVINO) spin for
   a while after their work and steal a core from the next contender; the pause outlasts them, and the
   uncounted call wakes the contender's own pool and warms its caches.
 - The order rotates and turns round, so that nobody always runs first or always behind the same neighbour.
+- A virtual core shares its physical one with strangers, who halve its speed for parts of a second. A probe, a
+  fixed bit of work, runs between the samples of a turn: samples beside a slow probe do not count, as long as
+  others come within a while.
 - The control: one contender takes a second turn in each round. Its ratio to itself must read 1; when it does
   not, the machine was too noisy and the whole measurement is void, good figures and bad ones alike.
 
@@ -22,6 +25,8 @@ from dataclasses import dataclass
 CONTROL = "control"  # name of the second turn of the contender that is compared with itself
 CONTROL_TOLERANCE = 0.05  # the control's median ratio must lie within 1 ± this
 MIN_PAUSE_S = 0.1  # thread pools spin for up to this long after their work
+PROBE_STEPS = 800  # about 20 µs
+PROBE_TOLERANCE = 1.15  # a core shared with a stranger takes 1.5 to 2 times as long
 
 
 def tuned_allocator_env() -> dict[str, str]:
@@ -80,18 +85,24 @@ def paired(
     control: str | None = None,
     pause_s: float = MIN_PAUSE_S,
     turn_s: float = 0.05,
-    max_calls: int = 50,
+    max_samples: int = 50,
+    sample_s: float = 2e-4,
+    patience_s: float = 0.3,
     warmup: int = 5,
+    warmup_s: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Timings:
     """Times ``contenders`` in turns, ``rounds`` times over.
 
     A contender is a callable that does all of its work before it returns. One turn is a pause of ``pause_s``
-    seconds, one uncounted call, then counted calls until they add up to ``turn_s`` seconds or ``max_calls``;
-    the turn's time is their median. ``control`` names the contender that is also compared with itself. Before
-    the first round each contender makes ``warmup`` uncounted calls: lazy initialisation, and an allocator
-    that needs a few calls until it reuses the same buffers.
+    seconds, one uncounted call, then samples until they add up to ``turn_s`` seconds or are ``max_samples``;
+    the turn's time is their median. A sample is one call, or as many as take ``sample_s`` seconds: the clock
+    is read around them all, and reading it costs as much as the shortest kernels. Samples taken while the
+    probe was slow count only if ``patience_s`` seconds of sampling brought no other. ``control`` names the
+    contender that is also compared with itself. Before the first round each contender makes ``warmup``
+    uncounted calls, or fewer, at least two, that take ``warmup_s`` seconds: lazy initialisation, and an
+    allocator that needs a few calls until it reuses the same buffers.
 
     Raises ValueError for fewer than two rounds, a pause below ``MIN_PAUSE_S`` or an unknown control.
     """
@@ -108,24 +119,57 @@ def paired(
     if control is not None:
         runs[CONTROL] = runs[control]
 
-    def turn(run: Callable[[], object]) -> float:
-        sleep(pause_s)
-        run()
+    def warm(run: Callable[[], object]) -> int:
+        """Warms up; how many calls make a sample."""
         calls: list[float] = []
-        while not calls or (sum(calls) < turn_s and len(calls) < max_calls):
+        while len(calls) < warmup and (len(calls) < 2 or sum(calls) < warmup_s):
             start = clock()
             run()
             calls.append(clock() - start)
-        return statistics.median(calls)
+        fastest = min(calls, default=sample_s)
+        return max(1, round(sample_s / fastest)) if fastest > 0 else 1
 
-    for run in contenders.values():
-        for _ in range(warmup):
-            run()
+    def probe() -> float:
+        """The better of two: the first finds the caches full of the contender's data."""
+        both = []
+        for _ in range(2):
+            start = clock()
+            for _ in range(PROBE_STEPS):
+                pass
+            both.append(clock() - start)
+        return min(both)
+
+    undisturbed = min(probe() for _ in range(50))
+
+    def turn(run: Callable[[], object], calls: int) -> float:
+        nonlocal undisturbed
+        sleep(pause_s)
+        run()
+        samples: list[float] = []
+        disturbed: list[float] = []
+        before = probe()
+        while not (samples or disturbed) or (
+            sum(samples) < turn_s and len(samples) < max_samples and sum(disturbed) < patience_s
+        ):
+            start = clock()
+            for _ in range(calls):
+                run()
+            seconds = clock() - start
+            after = probe()
+            undisturbed = min(undisturbed, before, after)
+            slow = max(before, after) > PROBE_TOLERANCE * undisturbed
+            (disturbed if slow else samples).append(seconds)
+            before = after
+        return statistics.median(samples or disturbed) / calls
+
+    calls = {name: warm(run) for name, run in contenders.items()}
+    if control is not None:
+        calls[CONTROL] = calls[control]
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         first = i // 2 % len(names)
         order = names[first:] + names[:first]
         for name in order if i % 2 == 0 else reversed(order):
-            seconds[name].append(turn(runs[name]))
+            seconds[name].append(turn(runs[name], calls[name]))
     return Timings(seconds, control)

@@ -1,9 +1,4 @@
-"""The grids: one row per case, how to build its stock and our module, and what it costs to compute.
-
-A case is a plain description. Everything a contender needs comes from it: ``stock()`` (torch.nn, fixed
-seed), ``ours(stock)`` (the same parameters), ``input()`` and ``upstream(stock, x)``, the gradient that
-arrives at the output in training.
-"""
+"""The convolution block: the seven cases from first layers to deep ones."""
 
 from __future__ import annotations
 
@@ -13,17 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-FORWARD, TRAINING = "forward", "training"
-PHASES = (FORWARD, TRAINING)
-SEED = 20260101
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(SEED)
+from .base import FORWARD, SEED, Case, generator
 
 
 @dataclass(frozen=True)
-class ConvPoolCase:
+class ConvPoolCase(Case):
     """convolution 3×3 + bias + ReLU + max pool 2×2 on ``[n, c, s, s]`` to ``k`` channels."""
 
     n: int
@@ -34,7 +23,9 @@ class ConvPoolCase:
     quick: bool = False
 
     family: ClassVar[str] = "conv_pool"
-    image_layout: ClassVar[bool] = True  # channels_last means something here
+    group: ClassVar[str] = "conv_pool"
+    both_allocators: ClassVar[bool] = True
+    image_layout: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -77,7 +68,7 @@ class ConvPoolCase:
         return module
 
     def input(self) -> Tensor:
-        return torch.randn(self.n, self.c, self.s, self.s, generator=_generator())
+        return torch.randn(self.n, self.c, self.s, self.s, generator=generator())
 
     def upstream(self, stock64: nn.Module, x64: Tensor) -> Tensor:
         """A random gradient of the output, zero where rounding decides which position of a window wins.
@@ -86,7 +77,7 @@ class ConvPoolCase:
         the whole gradient follows the winner: it would measure luck. Every other window keeps its gradient.
         """
         rows = []
-        generator = _generator()
+        random = generator()
         with torch.no_grad():
             for image in x64.split(1):  # image by image: the map before pooling is big in float64
                 z = stock64[0](image)
@@ -95,65 +86,11 @@ class ConvPoolCase:
                 near = 1e-4 * z.abs().max()
                 winner = (top[..., 0] > near) & (top[..., 0] - top[..., 1] > near)
                 dead = top[..., 0] < -near
-                rows.append(torch.randn(winner.shape, generator=generator) * (winner | dead))
+                rows.append(torch.randn(winner.shape, generator=random) * (winner | dead))
         return torch.cat(rows)
 
 
-@dataclass(frozen=True)
-class LSTMCase:
-    """One LSTM layer over ``[t, n, i]`` with ``h`` hidden units."""
-
-    t: int
-    n: int
-    i: int
-    h: int
-    quick: bool = False
-
-    family: ClassVar[str] = "lstm"
-    image_layout: ClassVar[bool] = False
-    input_grad: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        return f"T{self.t} N{self.n} I{self.i} H{self.h}"
-
-    def flop(self, phase: str) -> float:
-        """Operations of the two matrix products; activations are not counted."""
-        forward = 2.0 * self.t * self.n * 4 * self.h * (self.i + self.h)
-        return forward if phase == FORWARD else 3 * forward
-
-    def reads(self, phase: str) -> tuple[int, int]:
-        """Bytes that must be read at least, and bytes of the set they come from.
-
-        The recurrent weights at every step, in training once more on the way back; the rest is read once.
-        """
-        recurrent = 4 * 4 * self.h * self.h
-        once = 4 * (self.t * self.n * self.i + 4 * self.h * self.i)
-        forward = self.t * recurrent + once
-        return (forward, recurrent) if phase == FORWARD else (2 * forward, recurrent)
-
-    def stock(self) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            return nn.LSTM(self.i, self.h)
-
-    def ours(self, stock: nn.Module) -> nn.Module:
-        from cnnrnn_ext import LSTM
-
-        module = LSTM(self.i, self.h)
-        module.load_state_dict(stock.state_dict())
-        return module
-
-    def input(self) -> Tensor:
-        return torch.randn(self.t, self.n, self.i, generator=_generator())
-
-    def upstream(self, stock64: nn.Module, x64: Tensor) -> Tensor:
-        return torch.randn(self.t, self.n, self.h, generator=_generator())
-
-
-Case = ConvPoolCase | LSTMCase
-
-CASES: tuple[Case, ...] = (
+CASES = (
     ConvPoolCase(512, 1, 28, 32),
     ConvPoolCase(16, 3, 112, 32, padding=1, quick=True),
     ConvPoolCase(16, 3, 224, 64, padding=1),
@@ -161,16 +98,4 @@ CASES: tuple[Case, ...] = (
     ConvPoolCase(16, 32, 56, 64, padding=1),
     ConvPoolCase(8, 64, 112, 64, padding=1),
     ConvPoolCase(8, 128, 56, 128, padding=1),
-    LSTMCase(16, 32, 1600, 128, quick=True),
-    LSTMCase(100, 1, 256, 256, quick=True),
-    LSTMCase(100, 1, 1024, 1024),
-    LSTMCase(64, 64, 256, 256),
-    LSTMCase(50, 128, 64, 128),
-    LSTMCase(100, 32, 512, 512),
-    LSTMCase(35, 20, 650, 650),
 )
-FAMILIES = tuple(dict.fromkeys(case.family for case in CASES))
-
-
-def select(family: str | None = None, quick: bool = False) -> list[Case]:
-    return [c for c in CASES if family in (None, c.family) and (c.quick or not quick)]
