@@ -10,7 +10,8 @@ using cnnrnn::Product;
 // Products whose A is contiguous by column go slice by slice of the depth. Of a slice, some panels of B and
 // a block of A's columns (rows of the product) are copied side by side: A comes with a stride that would
 // touch a new page at every depth, and each copy serves many tiles.
-constexpr int64_t kDepthBlock = 128;
+// A panel of such a slice and a block of A fit the first-level cache together.
+constexpr int64_t kDepthBlock = 96;
 constexpr int64_t kPanelGroup = 8;
 constexpr int64_t kRowBlock = 8 * kTileRows;
 
