@@ -70,19 +70,24 @@ def in_function_transform():
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def use_compiled(op, tensor, uncovered=None):
+def in_forward_ad():
+    return forward_ad._current_level >= 0
+
+
+def use_compiled(op, tensor, uncovered=None, note=None):
     """Whether ``op`` runs on a compiled kernel for this tensor's device and dtype; records the choice.
 
     Args:
         op: the public function's name, a key of ``_library.COVERAGE``.
         uncovered: why the kernels do not serve this configuration, or None if they do.
+        note: what a trace tells beside the kernel's name.
     """
     mode = _state.mode
     if mode == "reference":
         kernel, reason = None, 'backend("reference")'
     elif uncovered:
         kernel, reason = None, uncovered
-    elif forward_ad._current_level >= 0:
+    elif in_forward_ad():
         kernel, reason = None, "no kernel for forward-mode derivatives"
     elif in_function_transform():
         kernel, reason = None, "no kernel for the transforms of torch.func"
@@ -91,5 +96,6 @@ def use_compiled(op, tensor, uncovered=None):
     if kernel is None and mode == "compiled":
         raise RuntimeError(f'{op}: backend("compiled") was asked for, but there is no kernel: {reason}')
     if _state.log is not None and not torch.compiler.is_compiling():
-        _state.log.append(Call(op, "compiled" if kernel else "reference", kernel, reason))
+        told = f"{kernel}, {note}" if kernel and note else kernel
+        _state.log.append(Call(op, "compiled" if kernel else "reference", told, reason))
     return kernel is not None
