@@ -64,11 +64,14 @@ class NarrowWeights:
 
     def of(self, weights):
         """The Entry of these weights: weight_ih and weight_hh of each layer and direction in turn."""
-        # One read, one write: another thread may exchange the entry meanwhile.
-        entry = None if torch.compiler.is_compiling() else self._entry
+        return self._made(weights) if torch.compiler.is_compiling() else self.kept(weights)
+
+    def kept(self, weights):
+        """The same outside a graph."""
+        entry = self._entry  # one read: another thread may exchange it meanwhile
         if entry is None:
             return self._renewed(weights)
-        for weight, (source, version, address, strides) in zip(weights, entry.stamps, strict=True):
+        for weight, (source, version, address, strides) in zip(weights, entry.stamps, strict=False):
             if (
                 weight is not source
                 or weight._version != version
@@ -78,21 +81,20 @@ class NarrowWeights:
                 return self._renewed(weights)
         return entry
 
-    def _renewed(self, weights):
+    def _made(self, weights):
         with torch.no_grad():
             copies = tuple(narrowed(weight, self.dtype) for weight in weights)
-        operands = self._operands(copies)
-        if torch.compiler.is_compiling():
-            return Entry((), (), copies, operands)
-        # Weights of inference mode count no versions; what is no plain tensor belongs to a tracer.
-        if any(
-            w.is_inference() or type(copy) is not torch.Tensor
-            for w, (copy, _) in zip(weights, copies, strict=True)
-        ):
-            return Entry((), (), copies, operands)
-        stamps = tuple((w, w._version, w.data_ptr(), w.stride()) for w in weights)
-        self._entry = Entry(stamps, tuple(w.detach() for w in weights), copies, operands)
-        return self._entry
+        return Entry((), (), copies, self._operands(copies))
+
+    def _renewed(self, weights):
+        entry = self._made(weights)
+        # Weights of inference mode count no versions; a copy that is no plain tensor belongs to a tracer.
+        tracked = not any(weight.is_inference() for weight in weights)
+        if tracked and all(type(copy) is torch.Tensor for copy, _ in entry.copies):
+            stamps = tuple((w, w._version, w.data_ptr(), w.stride()) for w in weights)
+            entry = entry._replace(stamps=stamps, held=tuple(w.detach() for w in weights))
+            self._entry = entry
+        return entry
 
     def _operands(self, copies):
         if self.directions is None:

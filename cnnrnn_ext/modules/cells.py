@@ -2,7 +2,9 @@
 
 from torch import nn
 
+from cnnrnn_ext._backend import plain
 from cnnrnn_ext.functional._cells import run_cell
+from cnnrnn_ext.modules._streaming import stream_cell
 from cnnrnn_ext.modules._weight_dtype import WeightDtype, check_weight_dtype
 from cnnrnn_ext.reference._cells import CELLS, NONLINEARITIES
 
@@ -19,6 +21,10 @@ class _RecurrentCell(WeightDtype, nn.RNNCellBase):
         self._init_weight_dtype(weight_dtype)
 
     def forward(self, input, hx=None):
+        if plain(input, 2):
+            new = stream_cell(self._cell, self, input, hx)
+            if new is not None:
+                return new
         name, rank = type(self).__name__, input.dim()
         if rank not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {rank}D instead")
@@ -38,9 +44,9 @@ class _RecurrentCell(WeightDtype, nn.RNNCellBase):
         new = self._step(input.unsqueeze(0), hx)
         return tuple(state.squeeze(0) for state in new) if pair else new.squeeze(0)
 
-    def _run(self, op, cell, input, states):
+    def _run(self, op, input, states):
         weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        return run_cell(op, cell, input, states, weights, self._narrow)
+        return run_cell(op, self._cell, input, states, weights, self._narrow)
 
     def _matrix_names(self):
         return ["weight_ih", "weight_hh"]
@@ -62,13 +68,14 @@ class LSTMCell(_RecurrentCell):
         RuntimeError: sizes, dtypes or devices that do not fit.
     """
 
+    _cell = "lstm"
     _state_names = ("h", "c")
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None, *, weight_dtype=None):
         super().__init__("lstm", input_size, hidden_size, bias, device, dtype, weight_dtype)
 
     def _step(self, input, hx):
-        return self._run("lstm_cell", "lstm", input, hx)
+        return self._run("lstm_cell", input, hx)
 
 
 class GRUCell(_RecurrentCell):
@@ -85,11 +92,13 @@ class GRUCell(_RecurrentCell):
         As :class:`LSTMCell`.
     """
 
+    _cell = "gru"
+
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None, *, weight_dtype=None):
         super().__init__("gru", input_size, hidden_size, bias, device, dtype, weight_dtype)
 
     def _step(self, input, hx):
-        return self._run("gru_cell", "gru", input, None if hx is None else (hx,))[0]
+        return self._run("gru_cell", input, None if hx is None else (hx,))[0]
 
 
 class RNNCell(_RecurrentCell):
@@ -121,8 +130,11 @@ class RNNCell(_RecurrentCell):
         super().__init__("rnn_tanh", input_size, hidden_size, bias, device, dtype, weight_dtype)
         self.nonlinearity = nonlinearity
 
+    @property
+    def _cell(self):
+        return NONLINEARITIES.get(self.nonlinearity)
+
     def _step(self, input, hx):
-        if self.nonlinearity not in NONLINEARITIES:
+        if self._cell is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        cell = NONLINEARITIES[self.nonlinearity]
-        return self._run("rnn_cell", cell, input, None if hx is None else (hx,))[0]
+        return self._run("rnn_cell", input, None if hx is None else (hx,))[0]

@@ -4,9 +4,11 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from cnnrnn_ext._backend import plain
 from cnnrnn_ext._checks import check_tensor, shape_of
 from cnnrnn_ext._checks_rnn import check_rates
 from cnnrnn_ext.functional._rnn import run_sequence
+from cnnrnn_ext.modules._streaming import plan_of, stream_sequence
 from cnnrnn_ext.modules._weight_dtype import WeightDtype, check_weight_dtype
 from cnnrnn_ext.reference._rnn import Options
 
@@ -45,6 +47,11 @@ class _Recurrent(WeightDtype, nn.RNNBase):
 
     def __setattr__(self, name, value):
         nn.Module.__setattr__(self, name, value)
+        self.__dict__["_plan"] = None
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.__dict__["_plan"] = None
 
     def _weights(self):
         return [getattr(self, name) for name in self._flat_weights_names]
@@ -101,6 +108,12 @@ class _Recurrent(WeightDtype, nn.RNNBase):
     # ---- the call ----
 
     def forward(self, input, hx=None, *, lengths=None, reset=None, return_all=False):
+        if plain(input, 3) and lengths is None and reset is None and not return_all:
+            if self._plan is None:
+                self.__dict__["_plan"] = plan_of(self)
+            result = stream_sequence(self._plan, self, input, hx) if self._plan else None
+            if result is not None:
+                return result
         states = hx if hx is None or len(self._state_names) == 2 else (hx,)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, states, lengths, reset, return_all)
