@@ -76,6 +76,7 @@ def label(dtype):
 # ---- what is computed ----
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 3, 40])
 @pytest.mark.parametrize("kind", KINDS)
@@ -276,11 +277,12 @@ def edit_data(module):
 
 
 def edit_data_at_the_same_address(module):
-    """New tensors in the memory that the old ones left, as an allocator likes to give it."""
+    """New tensors in the memory that the old ones left, if they left it."""
     for p in module.parameters():
-        p.data = torch.randn_like(p)
-    for p in module.parameters():
-        p.data = torch.randn_like(p)
+        address = p.data_ptr()
+        shape, p.data = p.shape, torch.zeros(1)
+        tried = [torch.randn(shape) for _ in range(50)]
+        p.data = next((t for t in tried if t.data_ptr() == address), tried[0])
 
 
 def edit_transposed(module):
@@ -314,6 +316,7 @@ def edit_weight_norm(module):
 EDITS = [value for name, value in list(globals().items()) if name.startswith("edit_")]
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("edit", EDITS, ids=lambda f: f.__name__)
@@ -333,7 +336,7 @@ def test_never_stale(kind, edit, dtype):
     with torch.no_grad():
         after, expected = tensors(module(x)), tensors(fresh(x))
     for a, b, old in zip(after, expected, before, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         assert not torch.equal(a, old)
 
 
