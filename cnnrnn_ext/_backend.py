@@ -5,7 +5,11 @@ import threading
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, float32, float64
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from cnnrnn_ext import _library
 
@@ -29,6 +33,25 @@ class _State(threading.local):
 
 _state = _State()
 
+# Whether no thread is inside backend() or trace() and the CPU kernels are there: one read for ``plain``.
+usual = _library.libraries()["cpu"].loaded
+_overrides = 0
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _override():
+    global usual, _overrides
+    with _lock:
+        _overrides += 1
+        usual = False
+    try:
+        yield
+    finally:
+        with _lock:
+            _overrides -= 1
+            usual = _overrides == 0 and _library.libraries()["cpu"].loaded
+
 
 @contextlib.contextmanager
 def backend(mode):
@@ -44,10 +67,11 @@ def backend(mode):
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     before, _state.mode = _state.mode, mode
-    try:
-        yield
-    finally:
-        _state.mode = before
+    with _override():
+        try:
+            yield
+        finally:
+            _state.mode = before
 
 
 @contextlib.contextmanager
@@ -57,12 +81,13 @@ def trace():
     ``log`` is a list of :class:`Call`. Calls inside a compiled graph (torch.compile) are not recorded.
     """
     before, _state.log = _state.log, []
-    try:
-        yield _state.log
-    finally:
-        if before is not None:
-            before.extend(_state.log)
-        _state.log = before
+    with _override():
+        try:
+            yield _state.log
+        finally:
+            if before is not None:
+                before.extend(_state.log)
+            _state.log = before
 
 
 def in_function_transform():
@@ -70,19 +95,44 @@ def in_function_transform():
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def use_compiled(op, tensor, uncovered=None):
+def in_forward_ad():
+    return forward_ad._current_level >= 0
+
+
+def plain(input, rank):
+    """Whether nothing stands between this input and a recurrent CPU kernel: a tensor of torch's own, of this
+    rank and of the kernels' dtypes; no backend(), trace(), autocast, forward mode, transform or graph.
+
+    It is asked at every step of a stream, so that such a call may go to the operator at once. What it
+    answers changes no result.
+    """
+    return (
+        usual
+        and type(input) is Tensor
+        and not is_compiling()
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not is_any_autocast_enabled()
+        and input.dtype in (float32, float64)
+        and input.is_cpu
+        and input.dim() == rank
+    )
+
+
+def use_compiled(op, tensor, uncovered=None, note=None):
     """Whether ``op`` runs on a compiled kernel for this tensor's device and dtype; records the choice.
 
     Args:
         op: the public function's name, a key of ``_library.COVERAGE``.
         uncovered: why the kernels do not serve this configuration, or None if they do.
+        note: what a trace tells beside the kernel's name.
     """
     mode = _state.mode
     if mode == "reference":
         kernel, reason = None, 'backend("reference")'
     elif uncovered:
         kernel, reason = None, uncovered
-    elif forward_ad._current_level >= 0:
+    elif in_forward_ad():
         kernel, reason = None, "no kernel for forward-mode derivatives"
     elif in_function_transform():
         kernel, reason = None, "no kernel for the transforms of torch.func"
@@ -91,5 +141,6 @@ def use_compiled(op, tensor, uncovered=None):
     if kernel is None and mode == "compiled":
         raise RuntimeError(f'{op}: backend("compiled") was asked for, but there is no kernel: {reason}')
     if _state.log is not None and not torch.compiler.is_compiling():
-        _state.log.append(Call(op, "compiled" if kernel else "reference", kernel, reason))
+        told = f"{kernel}, {note}" if kernel and note else kernel
+        _state.log.append(Call(op, "compiled" if kernel else "reference", told, reason))
     return kernel is not None

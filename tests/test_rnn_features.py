@@ -525,7 +525,8 @@ def test_a_seed_replays_the_noise(our_class, options):
         assert torch.equal(a, b)
     assert not torch.equal(results[0][0], results[2][0])
 
-    function, arguments = module._function()
+    function = getattr(cx.functional, our_class.__name__.lower())
+    arguments = {"layer_norm": module._norms()} if our_class is cx.LSTM else {}
     torch.manual_seed(1)
     output = function(
         x, None, [getattr(module, n) for names in module._all_weights for n in names], num_layers=2,

@@ -6,6 +6,7 @@ from cnnrnn_ext._backend import use_compiled
 from cnnrnn_ext._checks import check_choice, check_same, check_tensor, shape_of
 from cnnrnn_ext._checks_rnn import check_gate_weights, check_states
 from cnnrnn_ext.functional._common import autocast_dtype, cast, needs_grad, runs_in_float32
+from cnnrnn_ext.functional._narrow import narrow_entry, narrow_note, narrow_uncovered, widened
 from cnnrnn_ext.reference._cells import CELLS, NONLINEARITIES, one_step
 
 
@@ -24,7 +25,7 @@ def lstm_cell(input, hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None):
     Raises:
         TypeError, RuntimeError: arguments whose type, shape, dtype or device does not fit, by name.
     """
-    return _cell("lstm_cell", "lstm", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    return run_cell("lstm_cell", "lstm", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh))
 
 
 def gru_cell(input, hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None):
@@ -43,7 +44,7 @@ def gru_cell(input, hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None):
         TypeError, RuntimeError: arguments whose type, shape, dtype or device does not fit, by name.
     """
     states = None if hx is None else (hx,)
-    return _cell("gru_cell", "gru", input, states, weight_ih, weight_hh, bias_ih, bias_hh)[0]
+    return run_cell("gru_cell", "gru", input, states, (weight_ih, weight_hh, bias_ih, bias_hh))[0]
 
 
 def rnn_cell(input, hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *, nonlinearity="tanh"):
@@ -65,12 +66,16 @@ def rnn_cell(input, hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *, non
     """
     check_choice("nonlinearity", nonlinearity, tuple(NONLINEARITIES))
     cell, states = NONLINEARITIES[nonlinearity], None if hx is None else (hx,)
-    return _cell("rnn_cell", cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh)[0]
+    return run_cell("rnn_cell", cell, input, states, (weight_ih, weight_hh, bias_ih, bias_hh))[0]
 
 
-def _cell(op, cell, input, states, *weights):
-    """What the three functions above share: (h_1, c_1) or (h_1,)."""
+def run_cell(op, cell, input, states, weights, narrow=None):
+    """What the three functions above share, and their modules: (h_1, c_1) or (h_1,).
+
+    narrow: the NarrowWeights of a module, or None.
+    """
     names = _check(cell, input, states, weights)
+    given = weights[:2], (input, *(states or ()), *weights[2:])
     input, states, weights, result_dtype = _autocast(cell, input, states, weights)
     hidden = weights[1].shape[1]
     for name, tensor in zip(names, states or (), strict=False):
@@ -78,12 +83,16 @@ def _cell(op, cell, input, states, *weights):
         if shape_of(tensor) != [input.shape[0], hidden]:
             raise RuntimeError(f"{name}: expected shape [{input.shape[0]}, {hidden}], got {shape_of(tensor)}")
     check_gate_weights(input, weights, hidden * CELLS[cell].gates, input.shape[1], hidden)
-    if use_compiled(op, input):
+    entry = narrow_entry(narrow, given[0], *given[1])
+    uncovered, note = (narrow_uncovered(input), narrow_note(narrow)) if entry else (None, None)
+    if use_compiled(op, input, uncovered, note):
         if runs_in_float32(input):
             input, *tensors = (t if t is None else t.float() for t in (input, *(states or ()), *weights))
             states, weights = tensors[: len(states or ())], tensors[len(states or ()) :]
-        new = _run_operator(cell, input, states, weights)
+        new = _run_operator(cell, input, states, weights, entry)
     else:
+        if entry:
+            weights = *(widened(*copy, input.dtype) for copy in entry.copies), *weights[2:]
         new, _ = one_step(cell, input, states, *weights)
     return tuple(state.to(result_dtype) for state in new)
 
@@ -126,11 +135,14 @@ def _autocast(cell, input, states, weights):
     return input, tuple(tensors[:count]) if states is not None else None, tuple(tensors[count:]), result
 
 
-def _run_operator(cell, input, states, weights):
+def _run_operator(cell, input, states, weights, entry):
     h, c = (*(states or (None,)), None)[:2]
     if states is None and input.device.type == "cuda":  # those kernels need them
         zeros = input.new_zeros(input.shape[0], weights[1].shape[1])
         h, c = zeros, zeros if CELLS[cell].states == 2 else None
+    if entry:
+        new = torch.ops.cnnrnn_ext.rnn_cell_narrow(cell, input, h, c, *entry.operands, *weights[2:])
+        return new[: CELLS[cell].states]
     if needs_grad(input, h, c, *weights):
         h_1, c_1, _ = torch.ops.cnnrnn_ext.rnn_cell_train(cell, input, h, c, *weights)
     else:

@@ -6,6 +6,7 @@ from cnnrnn_ext._backend import use_compiled
 from cnnrnn_ext._checks import check_choice, check_tensor
 from cnnrnn_ext._checks_rnn import check_sequence
 from cnnrnn_ext.functional._common import autocast_dtype, cast, needs_grad, runs_in_float32
+from cnnrnn_ext.functional._narrow import narrow_entry, narrow_note, narrow_uncovered, widened
 from cnnrnn_ext.reference._cells import CELLS, NONLINEARITIES
 from cnnrnn_ext.reference._rnn import (
     Options,
@@ -88,7 +89,7 @@ def lstm(
         proj_size=proj_size, batch_sizes=batch_sizes, lengths=lengths, reset=reset, return_all=return_all,
         zoneout=zoneout, recurrent_dropout=recurrent_dropout, layer_norm=layer_norm,
     )  # fmt: skip
-    return _sequence("lstm", "lstm", input, hx, flat_weights, options)
+    return run_sequence("lstm", "lstm", input, hx, flat_weights, options)
 
 
 def gru(
@@ -135,7 +136,7 @@ def gru(
         batch_sizes=batch_sizes, lengths=lengths, reset=reset, return_all=return_all, zoneout=zoneout,
         recurrent_dropout=recurrent_dropout,
     )  # fmt: skip
-    return _sequence("gru", "gru", input, None if hx is None else (hx,), flat_weights, options)
+    return run_sequence("gru", "gru", input, None if hx is None else (hx,), flat_weights, options)
 
 
 def rnn(
@@ -179,17 +180,29 @@ def rnn(
         batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset,
         return_all=return_all, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
     )  # fmt: skip
-    return _sequence(
+    return run_sequence(
         "rnn", NONLINEARITIES[nonlinearity], input, None if hx is None else (hx,), flat_weights, options
     )
 
 
-def _sequence(op, cell, input, states, flat_weights, options):
-    """What the three functions above share, on an operator or on the reference."""
+def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
+    """What the three functions above share, and their modules, on an operator or on the reference.
+
+    narrow: the NarrowWeights of a module, or None.
+    """
     check_tensor("input", input)
+    given = input, states, flat_weights
     input, states, flat_weights, options = _autocast(input, states, flat_weights, options)
     check_sequence(cell, input, states, flat_weights, options)
-    if not use_compiled(op, input, _uncovered(cell, input.device.type, options)):
+    entry = _narrow_entry(narrow, *given, options)
+    uncovered, note = _uncovered(cell, input.device.type, options), None
+    if entry:
+        uncovered, note = uncovered or narrow_uncovered(input), narrow_note(narrow)
+    compiled = use_compiled(op, input, uncovered, note)
+    if entry and (not compiled or (options.return_all and CELLS[cell].states == 2)):
+        # No narrow operator: the cells of every step come from the one for training.
+        flat_weights, entry = _widened(flat_weights, entry.copies, input.dtype), None
+    if not compiled:
         return sequence(cell, input, states, flat_weights, options)
     dtype = input.dtype
     if runs_in_float32(input):
@@ -203,7 +216,8 @@ def _sequence(op, cell, input, states, flat_weights, options):
 
     def layer(rows, x, states):
         steps = options.batch_sizes, lengths, reset
-        return _run_operator(cell, x, states, weights[rows], steps, options.return_all)
+        narrow = entry and entry.operands[rows.start // options.directions]
+        return _run_operator(cell, x, states, weights[rows], steps, options.return_all, narrow)
 
     results = run_layers(layer, x, states, options)
     if dtype != x.dtype:
@@ -218,6 +232,24 @@ def _split(tensors, states):
     """(states, weights) of one list, with as many states as there were."""
     count = len(states or ())
     return tuple(tensors[:count]) if states else states, tensors[count:]
+
+
+def _narrow_entry(narrow, input, states, flat_weights, options):
+    if narrow is None:
+        return None
+    groups = group_weights(flat_weights, options)
+    matrices = [weight for group in groups for weight in group[:2]]
+    others = [weight for group in groups for weight in group[2:]]
+    return narrow_entry(narrow, matrices, input, *(states or ()), *others, *(options.layer_norm or ()))
+
+
+def _widened(flat_weights, copies, dtype):
+    """flat_weights with those weights in place of weight_ih and weight_hh."""
+    weights = list(flat_weights)
+    each = len(weights) // (len(copies) // 2)
+    for index, copy in enumerate(copies):
+        weights[index // 2 * each + index % 2] = widened(*copy, dtype)
+    return weights
 
 
 def _autocast(input, states, flat_weights, options):
@@ -257,14 +289,17 @@ def _zeros(cell, x, flat_weights, options):
     return tuple(x.new_zeros(shape) for _ in range(CELLS[cell].states))
 
 
-def _run_operator(cell, x, states, weights, steps, return_all):
-    """One layer; results as ``run_layers`` wants them."""
+def _run_operator(cell, x, states, weights, steps, return_all, narrow):
+    """One layer; results as ``run_layers`` wants them. narrow: its operands from NarrowWeights, or None."""
     weight_ih, weight_hh, bias_ih, bias_hh, _ = (list(group) for group in zip(*weights, strict=True))
     if bias_ih[0] is None:
         bias_ih = bias_hh = []
     h_0, c_0 = (*(states or (None,)), None)[:2]
-    arguments = (cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, *steps)
     count = CELLS[cell].states
+    if narrow:
+        results = torch.ops.cnnrnn_ext.rnn_narrow(cell, x, h_0, c_0, *narrow, bias_ih, bias_hh, *steps)
+        return results[:1], results[1 : 1 + count]
+    arguments = (cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, *steps)
     if needs_grad(x, h_0, c_0, *weight_ih, *weight_hh, *bias_ih, *bias_hh) or (return_all and count == 2):
         output, h_n, c_n, cells, _ = torch.ops.cnnrnn_ext.rnn_train(*arguments)
         return (output, cells)[:count], (h_n, c_n)[:count]

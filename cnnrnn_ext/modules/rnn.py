@@ -4,12 +4,16 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from cnnrnn_ext import functional
+from cnnrnn_ext._backend import plain
 from cnnrnn_ext._checks import check_tensor, shape_of
 from cnnrnn_ext._checks_rnn import check_rates
+from cnnrnn_ext.functional._rnn import run_sequence
+from cnnrnn_ext.modules._streaming import plan_of, stream_sequence
+from cnnrnn_ext.modules._weight_dtype import WeightDtype, check_weight_dtype
+from cnnrnn_ext.reference._rnn import Options
 
 
-class _Recurrent(nn.RNNBase):
+class _Recurrent(WeightDtype, nn.RNNBase):
     """What the three sequence modules share; each gives its mode and the names of its states.
 
     nn.LSTM and its neighbours cannot be subclassed: torch.compile breaks its graph there.
@@ -17,15 +21,17 @@ class _Recurrent(nn.RNNBase):
 
     _state_names = ("hx",)
 
-    def __init__(self, mode, *args, zoneout=0.0, recurrent_dropout=0.0, **kwargs):
+    def __init__(self, mode, *args, zoneout=0.0, recurrent_dropout=0.0, weight_dtype=None, **kwargs):
         name = type(self).__name__
         if "proj_size" in kwargs and mode != "LSTM":
             raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
         check_rates(mode.lower(), zoneout, recurrent_dropout)
+        check_weight_dtype(weight_dtype)
         super().__init__(mode, *args, **kwargs)
         if self.proj_size and mode != "LSTM":  # given by position
             raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
         self.zoneout, self.recurrent_dropout = zoneout, recurrent_dropout
+        self._init_weight_dtype(weight_dtype, directions=2 if self.bidirectional else 1)
 
     # ---- parameters: read by name at each call, so that none is ever stale ----
 
@@ -41,9 +47,17 @@ class _Recurrent(nn.RNNBase):
 
     def __setattr__(self, name, value):
         nn.Module.__setattr__(self, name, value)
+        self.__dict__["_plan"] = None
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.__dict__["_plan"] = None
 
     def _weights(self):
         return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _matrix_names(self):
+        return [name for name in self._flat_weights_names if name.startswith(("weight_ih", "weight_hh"))]
 
     # ---- states: a tuple of one or two here, and as torch has them outside ----
 
@@ -94,6 +108,12 @@ class _Recurrent(nn.RNNBase):
     # ---- the call ----
 
     def forward(self, input, hx=None, *, lengths=None, reset=None, return_all=False):
+        if plain(input, 3) and lengths is None and reset is None and not return_all:
+            if self._plan is None:
+                self.__dict__["_plan"] = plan_of(self)
+            result = stream_sequence(self._plan, self, input, hx) if self._plan else None
+            if result is not None:
+                return result
         states = hx if hx is None or len(self._state_names) == 2 else (hx,)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, states, lengths, reset, return_all)
@@ -161,25 +181,27 @@ class _Recurrent(nn.RNNBase):
 
     def _run(self, input, states, batch_sizes=None, *, lengths=None, reset=None, return_all=False):
         self.check_forward_args(input, states, batch_sizes)
-        function, options = self._function()
-        return function(
-            input,
-            states if states is None or len(self._state_names) == 2 else states[0],
-            self._weights(),
+        options = Options(
             has_biases=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
+            proj_size=self.proj_size,
             batch_sizes=batch_sizes,
             lengths=lengths,
             reset=reset,
             return_all=return_all,
             zoneout=self.zoneout,
             recurrent_dropout=self.recurrent_dropout,
-            **options,
+            layer_norm=self._norms(),
         )
+        op = self.mode.split("_")[0].lower()
+        return run_sequence(op, self.mode.lower(), input, states, self._weights(), options, self._narrow)
+
+    def _norms(self):
+        """The flat list of the layer normalisations' parameters, or None."""
 
     def extra_repr(self):
         options = (("zoneout", self.zoneout), ("recurrent_dropout", self.recurrent_dropout))
@@ -210,6 +232,14 @@ class LSTM(_Recurrent):
             ln_c_weight_l0, ln_c_bias_l0 [H], and so on for _l0_reverse and each layer; weights of 1, biases
             of 0 at first, and no such biases without ``bias``.
         The last three run on plain PyTorch; their formulas and sources stand at ``functional.lstm``.
+        weight_dtype: None, torch.bfloat16 or torch.int8, for inference: where nothing needs a gradient (under
+            no_grad or inference_mode, or with frozen parameters), weight_ih and weight_hh are read from
+            copies of that dtype; all else stays as it is. A call that needs a gradient, or runs in forward
+            mode or in a transform of torch.func, uses the parameters. int8 is symmetric, with a scale
+            max|row| / 127 for each row. ``weight_error()`` tells the error of the copies. They follow the
+            parameters; only an edit in place through ``.data`` needs ``refresh_weights()``. A graph of
+            torch.compile makes them at each call. What runs on plain PyTorch (with these copies, so does
+            float64 and every GPU) computes with them too.
 
     Shape (D = 2 if bidirectional, P = proj_size or H):
         input: [T, N, I]; [N, T, I] if batch_first; [T, I] unbatched; or a PackedSequence.
@@ -222,8 +252,9 @@ class LSTM(_Recurrent):
         batch_first, padded with 0 where input is a PackedSequence.
 
     Raises:
-        As ``nn.LSTM``: TypeError or ValueError for its arguments, ValueError for an input that is neither
-        2-D nor 3-D, RuntimeError for sizes, dtypes or devices that do not fit.
+        As ``nn.LSTM``: TypeError or ValueError for its arguments (ValueError for another weight_dtype),
+        ValueError for an input that is neither 2-D nor 3-D, RuntimeError for sizes, dtypes or devices that
+        do not fit.
     """
 
     _state_names = ("h_0", "c_0")
@@ -257,9 +288,8 @@ class LSTM(_Recurrent):
     def get_expected_cell_size(self, input, batch_sizes):
         return self._expected_sizes(input, batch_sizes)[1]
 
-    def _function(self):
-        norms = [getattr(self, name) for name in self._norm_names] if self.layer_norm else None
-        return functional.lstm, {"proj_size": self.proj_size, "layer_norm": norms}
+    def _norms(self):
+        return [getattr(self, name) for name in self._norm_names] if self.layer_norm else None
 
     def extra_repr(self):
         return super().extra_repr() + (", layer_norm=True" if self.layer_norm else "")
@@ -274,7 +304,7 @@ class GRU(_Recurrent):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
         ``nn.GRU``.
-        zoneout, recurrent_dropout: as in :class:`LSTM`; zoneout is one number.
+        zoneout, recurrent_dropout, weight_dtype: as in :class:`LSTM`; zoneout is one number.
 
     Shape (D = 2 if bidirectional):
         input, lengths, reset: as in :class:`LSTM`.
@@ -289,9 +319,6 @@ class GRU(_Recurrent):
     def __init__(self, *args, **kwargs):
         super().__init__("GRU", *args, **kwargs)
 
-    def _function(self):
-        return functional.gru, {}
-
 
 class RNN(_Recurrent):
     """A stack of Elman layers. Equivalent to ``nn.RNN`` with the same arguments.
@@ -302,7 +329,7 @@ class RNN(_Recurrent):
     Args:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device,
         dtype: as in ``nn.RNN``, in its order.
-        zoneout, recurrent_dropout: as in :class:`LSTM`; zoneout is one number.
+        zoneout, recurrent_dropout, weight_dtype: as in :class:`LSTM`; zoneout is one number.
 
     Shape:
         As in :class:`GRU`.
@@ -320,6 +347,3 @@ class RNN(_Recurrent):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
         self.nonlinearity = nonlinearity
-
-    def _function(self):
-        return functional.rnn, {"nonlinearity": self.nonlinearity}
