@@ -100,11 +100,15 @@ Tensors widened(const RnnOperands& o, const Tensors& narrow, const Tensors& scal
   return wide;
 }
 
-// The direct kernels read narrow weights as they are; for more rows they are widened once.
+// The direct kernels read narrow weights as they are. Beyond a few rows the input's are widened once, and
+// unless the scan itself goes row by row the state's too.
 void widen_unless_direct(RnnOperands& o) {
   if (RnnForward<float>::takes_narrow(o.layout)) return;
-  o.weight_ih = widened(o, o.weight_ih, o.scale_ih), o.weight_hh = widened(o, o.weight_hh, o.scale_hh);
-  o.scale_ih.clear(), o.scale_hh.clear();
+  o.weight_ih = widened(o, o.weight_ih, o.scale_ih);
+  o.scale_ih.clear();
+  if (RnnForward<float>::scans_narrow(o.layout)) return;
+  o.weight_hh = widened(o, o.weight_hh, o.scale_hh);
+  o.scale_hh.clear();
   o.weights = Weights::kElement;
 }
 
@@ -303,24 +307,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_cell_back
           only(grad.bias_hh)};
 }
 
-// Short calls are worth a way of their own through boxing.
-void rnn_boxed(StableIValue* stack, uint64_t arguments, uint64_t results) {
-  if (!borrowed_rnn(stack)) TORCH_BOX (&rnn)(stack, arguments, results);
-}
-void rnn_cell_boxed(StableIValue* stack, uint64_t arguments, uint64_t results) {
-  if (!borrowed_rnn_cell(stack)) TORCH_BOX (&rnn_cell)(stack, arguments, results);
+// Short calls are worth a way of their own through boxing; what it does not take goes the ordinary one.
+using Boxed = void(StableIValue*, uint64_t, uint64_t);
+template <bool (*borrowed)(StableIValue*), Boxed* typed>
+void boxed(StableIValue* stack, uint64_t arguments, uint64_t results) {
+  if (!borrowed(stack)) typed(stack, arguments, results);
 }
 
 }  // namespace
 }  // namespace cnnrnn
 
 STABLE_TORCH_LIBRARY_IMPL(cnnrnn_ext, CPU, library) {
-  library.impl("rnn", cnnrnn::rnn_boxed);
+  library.impl("rnn", cnnrnn::boxed<cnnrnn::borrowed_rnn<false>, TORCH_BOX(&cnnrnn::rnn)>);
   library.impl("rnn_train", TORCH_BOX(&cnnrnn::rnn_train));
   library.impl("rnn_backward", TORCH_BOX(&cnnrnn::rnn_backward));
-  library.impl("rnn_narrow", TORCH_BOX(&cnnrnn::rnn_narrow));
-  library.impl("rnn_cell", cnnrnn::rnn_cell_boxed);
+  library.impl("rnn_narrow", cnnrnn::boxed<cnnrnn::borrowed_rnn<true>, TORCH_BOX(&cnnrnn::rnn_narrow)>);
+  library.impl("rnn_cell", cnnrnn::boxed<cnnrnn::borrowed_rnn_cell<false>, TORCH_BOX(&cnnrnn::rnn_cell)>);
   library.impl("rnn_cell_train", TORCH_BOX(&cnnrnn::rnn_cell_train));
   library.impl("rnn_cell_backward", TORCH_BOX(&cnnrnn::rnn_cell_backward));
-  library.impl("rnn_cell_narrow", TORCH_BOX(&cnnrnn::rnn_cell_narrow));
+  library.impl("rnn_cell_narrow",
+               cnnrnn::boxed<cnnrnn::borrowed_rnn_cell<true>, TORCH_BOX(&cnnrnn::rnn_cell_narrow)>);
 }

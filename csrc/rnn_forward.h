@@ -24,6 +24,8 @@ class RnnForward {
 
   // Narrow weights are read as they come by the direct kernels alone.
   static bool takes_narrow(const Layout& layout) { return layout.rows <= kDirectRows; }
+  // The same, of the state's weights alone.
+  static bool scans_narrow(const Layout& layout) { return layout.batch <= kDirectBatch; }
 
   void run() {
     if (!p.h_0 || !p.c_0 || p.reset) zeros_ = scratch_.template take_zeros<T>(H);

@@ -148,7 +148,8 @@ struct RnnOperands {
         weights, {},    {},     {},         {},         data<uint8_t>(get(reset))};
     for (int64_t d = 0; d < directions; ++d) {
       p.weight_ih[d] = weight_ih[d].const_data_ptr(), p.weight_hh[d] = weight_hh[d].const_data_ptr();
-      if (!scale_ih.empty()) p.scale_ih[d] = data<T>(scale_ih[d]), p.scale_hh[d] = data<T>(scale_hh[d]);
+      if (!scale_ih.empty()) p.scale_ih[d] = data<T>(scale_ih[d]);
+      if (!scale_hh.empty()) p.scale_hh[d] = data<T>(scale_hh[d]);
       if (!bias_ih.empty()) p.bias_ih[d] = data<T>(bias_ih[d]), p.bias_hh[d] = data<T>(bias_hh[d]);
     }
     return p;
