@@ -125,7 +125,7 @@ class RnnForward {
     const int64_t t = layout.time(d, from_ + s), at = layout.offset(t) + row;
     RnnForwardStep<T> step{};
     step.rows = rows, step.hidden = H, step.input = p.input;
-    step.downward = s % 2 == 1;
+    step.downward = (s + turn_) % 2 == 1;
     step.projected = !fused_;
     if (fused_) {
       step.x = p.x + at * p.input, step.x_stride = p.input;
@@ -186,6 +186,12 @@ class RnnForward {
   double work_;
   int64_t workers_, chunk_ = 0, from_ = 0, count_ = 0;
   bool direct_, fused_;
+  // Calls take turns too: a stream of single steps finds in cache what the call before has read last.
+  const int64_t turn_ = next_turn();
+  static int64_t next_turn() {
+    thread_local int64_t turn = 0;
+    return turn ^= 1;
+  }
   T *w_ = nullptr, *r_ = nullptr, *bias_ = nullptr, *projected_ = nullptr, *zeros_ = nullptr;
   Scratch scratch_;
 };
