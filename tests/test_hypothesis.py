@@ -1,4 +1,4 @@
-"""Random configurations of convolutions and recurrent layers on the compiled kernels, against the reference."""
+"""Random convolutions and recurrent layers on the compiled kernels, against the reference."""
 
 import torch
 from _oracle import (
