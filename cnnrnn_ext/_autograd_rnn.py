@@ -87,7 +87,7 @@ def _sequence_double_backward(ctx, outer_x, outer_h, outer_c, *outer_weights):
             for o in (group if needed and count else [None] * count)
         ),
     ]
-    given = double_backward(function, inputs, grads, outer)
+    given = double_backward(function, inputs, grads, outer, zeros=range(1, 1 + states))
     grads, given = given[:4], given[4:]
     return (*grads, None, *given[:3], *_regroup(given[3:], counts), *[None] * (STEPS + 3 + 4))
 
@@ -122,17 +122,17 @@ def _cell_backward_setup(ctx, inputs, output):
 
 def _cell_double_backward(ctx, outer_x, outer_h, outer_c, *outer_weights):
     grads, inputs = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+    states = CELLS[ctx.cell].states
 
     def function(x, h, c, *weights):
-        new, _ = one_step(ctx.cell, x, (h, c)[: CELLS[ctx.cell].states], *weights)
+        new, _ = one_step(ctx.cell, x, (h, c)[:states], *weights)
         return (*new, None)[:2]
 
     need_x, need_state, need_weight, need_bias = ctx.need
     flags = (need_x, need_state, need_state, need_weight, need_weight, need_bias, need_bias)
     outer = (outer_x, outer_h, outer_c, *outer_weights)
-    given = double_backward(
-        function, inputs, grads, [o if needed else None for o, needed in zip(outer, flags, strict=True)]
-    )
+    outer = [o if needed else None for o, needed in zip(outer, flags, strict=True)]
+    given = double_backward(function, inputs, grads, outer, zeros=range(1, 1 + states))
     return (*given[:2], None, *given[2:], *[None] * (3 + 4))
 
 

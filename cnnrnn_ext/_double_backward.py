@@ -16,12 +16,18 @@ def _reference_vjp(function, inputs, grad_outputs):
     return [None if t is None else next(grads) for t in inputs]
 
 
-def double_backward(function, inputs, grad_outputs, outer):
+def double_backward(function, inputs, grad_outputs, outer, zeros=()):
     """Gradients of the vector-Jacobian product above with respect to grad_outputs and inputs.
 
     ``outer`` are the incoming gradients of the product's outputs, one per input, None where unused.
+    ``zeros`` are the positions of inputs that stand for zeros where they are None.
     """
     keep_graph = torch.is_grad_enabled()
+    absent = [t is None for t in (*grad_outputs, *inputs)]
+    inputs = [
+        torch.zeros_like(o) if t is None and i in zeros and o is not None else t
+        for i, (t, o) in enumerate(zip(inputs, outer, strict=True))
+    ]
 
     def attach(t):
         if t is None:
@@ -46,4 +52,5 @@ def double_backward(function, inputs, grad_outputs, outer):
                 create_graph=keep_graph, allow_unused=True,
             )
         )  # fmt: skip
-    return [None if t is None else next(grads) for t in sources]
+    found = [None if t is None else next(grads) for t in sources]
+    return [None if missing else g for missing, g in zip(absent, found, strict=True)]

@@ -13,7 +13,6 @@ import cnnrnn_ext
 
 operators = torch.ops.cnnrnn_ext
 HUGE = 2**62
-NAN = float("nan")
 
 
 # ---- good operands, of which each case spoils one ----
@@ -50,54 +49,96 @@ def conv_backward_operands():
     }
 
 
-def lstm_operands(d=1):
-    return {
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
+
+
+def rnn_operands(cell="lstm", d=1, steps="padded"):
+    rows = GATES[cell] * 5
+    operands = {
+        "cell": cell,
         "x": torch.randn(4, 2, 3),
         "h_0": torch.randn(d, 2, 5),
-        "c_0": torch.randn(d, 2, 5),
-        "weight_ih": [torch.randn(20, 3) for _ in range(d)],
-        "weight_hh": [torch.randn(20, 5) for _ in range(d)],
-        "bias_ih": [torch.randn(20) for _ in range(d)],
-        "bias_hh": [torch.randn(20) for _ in range(d)],
+        "c_0": torch.randn(d, 2, 5) if cell == "lstm" else None,
+        "weight_ih": [torch.randn(rows, 3) for _ in range(d)],
+        "weight_hh": [torch.randn(rows, 5) for _ in range(d)],
+        "bias_ih": [torch.randn(rows) for _ in range(d)],
+        "bias_hh": [torch.randn(rows) for _ in range(d)],
+        "batch_sizes": None,
+        "lengths": None,
+        "reset": None,
     }
+    if steps == "packed":
+        operands |= {"x": torch.randn(7, 3), "batch_sizes": torch.tensor([2, 2, 2, 1])}
+        operands["reset"] = torch.rand(7) < 0.5
+    if steps == "lengths":
+        operands |= {"lengths": torch.tensor([2, 4]), "reset": torch.rand(4, 2) < 0.5}
+    return operands
 
 
 NEEDS = {"need_x": True, "need_state": True, "need_weight": True, "need_bias": True}
 
 
-def lstm_backward_operands():
-    operands = lstm_operands()
-    output, h_n, c_n, reserve = operators.lstm_train(**operands)
+def rnn_backward_operands(cell="lstm", steps="padded"):
+    operands = rnn_operands(cell, steps=steps)
+    output, h_n, c_n, cells, reserve = operators.rnn_train(**operands)
     grads = {
         "grad_output": torch.randn_like(output),
         "grad_h_n": torch.randn_like(h_n),
-        "grad_c_n": torch.randn_like(c_n),
+        "grad_c_n": torch.randn_like(c_n) if cell == "lstm" else None,
+        "grad_cells": torch.randn_like(cells) if cell == "lstm" else None,
     }
-    return {**grads, **operands, "output": output, "reserve": reserve, **NEEDS}
+    return {**grads, **operands, "output": output, "cells": cells, "reserve": reserve, **NEEDS}
 
 
-def cell_operands():
+def narrowed(operands):
+    """Weights in int8 with a scale for each row."""
+    for kind in ("ih", "hh"):
+        weights = operands[f"weight_{kind}"]
+        bytes_of = [torch.randint(-127, 128, w.shape, dtype=torch.int8) for w in as_list(weights)]
+        scales = [torch.rand(len(w)) / 127 for w in as_list(weights)]
+        operands[f"weight_{kind}"] = bytes_of if isinstance(weights, list) else bytes_of[0]
+        operands[f"scale_{kind}"] = scales if isinstance(weights, list) else scales[0]
+    return operands
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def rnn_narrow_operands():
+    return narrowed(rnn_operands())
+
+
+def cell_operands(cell="lstm"):
+    rows = GATES[cell] * 5
     return {
+        "cell": cell,
         "x": torch.randn(2, 3),
         "h": torch.randn(2, 5),
-        "c": torch.randn(2, 5),
-        "weight_ih": torch.randn(20, 3),
-        "weight_hh": torch.randn(20, 5),
-        "bias_ih": torch.randn(20),
-        "bias_hh": torch.randn(20),
+        "c": torch.randn(2, 5) if cell == "lstm" else None,
+        "weight_ih": torch.randn(rows, 3),
+        "weight_hh": torch.randn(rows, 5),
+        "bias_ih": torch.randn(rows),
+        "bias_hh": torch.randn(rows),
     }
 
 
-def cell_backward_operands():
-    operands = cell_operands()
-    h_1, c_1, reserve = operators.lstm_cell_train(**operands)
+def cell_backward_operands(cell="lstm"):
+    operands = cell_operands(cell)
+    h_1, c_1, reserve = operators.rnn_cell_train(**operands)
     return {
         "grad_h_1": torch.randn_like(h_1),
-        "grad_c_1": torch.randn_like(c_1),
+        "grad_c_1": torch.randn_like(c_1) if cell == "lstm" else None,
         **operands,
+        "h_1": h_1,
+        "c_1": c_1,
         "reserve": reserve,
         **NEEDS,
     }
+
+
+def cell_narrow_operands():
+    return narrowed(cell_operands())
 
 
 # ---- what is wrong, by argument; the message must name that argument ----
@@ -195,58 +236,240 @@ def lists(*shape):
     return {**wrong, "two": [torch.randn(*shape)] * 2, "three": [torch.randn(*shape)] * 3}
 
 
-LSTM = {
-    "x": {
-        "rank 2": torch.randn(4, 3),
-        "rank 4": torch.randn(4, 2, 3, 1),
-        "scalar": torch.tensor(1.0),
-        "int64": torch.ones(4, 2, 3, dtype=torch.int64),
-        "float16": torch.randn(4, 2, 3).half(),
+def sizes(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+WRONG_CELL = {"unknown": "lstm2", "empty": "", "upper case": "LSTM", "module": "LSTMCell"}
+STEPS = {
+    "batch_sizes": {
+        "rank 0": torch.tensor(8),
+        "rank 2": sizes(2, 2, 2, 2)[None],
+        "int32": sizes(2, 2, 2, 2).int(),
+        "float32": torch.tensor([2.0, 2.0, 2.0, 2.0]),
+        "beside a padded x": sizes(2, 2, 2, 2),
     },
+    "lengths": {
+        "number of rows": sizes(1, 2, 3),
+        "rank 2": sizes(1, 2)[None],
+        "int32": sizes(1, 2).int(),
+        "float32": torch.tensor([1.0, 2.0]),
+        "bool": torch.tensor([True, False]),
+        "negative": sizes(2, -1),
+        "beyond the steps": sizes(5, 2),
+        "huge": sizes(HUGE, HUGE),
+        "meta": torch.empty(2, dtype=torch.int64, device="meta"),
+    },
+    "reset": {
+        "steps": torch.zeros(3, 2, dtype=torch.bool),
+        "rows": torch.zeros(4, 3, dtype=torch.bool),
+        "rank 1": torch.zeros(4, dtype=torch.bool),
+        "uint8": torch.zeros(4, 2, dtype=torch.uint8),
+        "float32": torch.zeros(4, 2),
+        "meta": torch.zeros(4, 2, dtype=torch.bool, device="meta"),
+    },
+}
+PACKED_STEPS = {
+    "batch_sizes": {
+        "rising": sizes(1, 2, 2, 2),
+        "sum too small": sizes(2, 2, 2),
+        "sum too large": sizes(2, 2, 2, 2),
+        "negative": sizes(2, 2, 2, 2, -1),
+        "none": sizes(),
+        "wraps around": sizes(HUGE, HUGE, HUGE, HUGE),
+        "wraps to the right sum": sizes(HUGE, HUGE, HUGE, HUGE, 7),
+        "int32": sizes(2, 2, 2, 1).int(),
+    },
+    "lengths": {"beside batch_sizes": sizes(2, 2)},
+    "reset": {"padded": torch.zeros(4, 2, dtype=torch.bool), "rows": torch.zeros(8, dtype=torch.bool)},
+    "h_0": {"batch": torch.randn(1, 3, 5)},
+    "x": {"padded": torch.randn(4, 2, 3), "rank 1": torch.randn(7)},
+}
+
+
+def weight_cases(rows):
+    """Wrong weights and biases of one direction."""
+    return {
+        "weight_ih": {**lists(rows, 3), "none": []},
+        "weight_hh": {**lists(rows, 5), "none": []},
+        "bias_ih": {**lists(rows), "none": []},
+        "bias_hh": {**lists(rows), "none": []},
+    }
+
+
+RNN_X = {
+    "rank 2": torch.randn(4, 3),
+    "rank 4": torch.randn(4, 2, 3, 1),
+    "scalar": torch.tensor(1.0),
+    "int64": torch.ones(4, 2, 3, dtype=torch.int64),
+    "float16": torch.randn(4, 2, 3).half(),
+}
+LSTM = {
+    "cell": WRONG_CELL,
+    "x": RNN_X,
     "h_0": {**spoiled(1, 2, 5), "directions": torch.randn(2, 2, 5)},
     "c_0": {**spoiled(1, 2, 5), "directions": torch.randn(2, 2, 5)},
-    "weight_ih": {**lists(20, 3), "none": []},
-    "weight_hh": {**lists(20, 5), "none": []},
-    "bias_ih": {**lists(20), "none": []},
-    "bias_hh": {**lists(20), "none": []},
+    **weight_cases(20),
+    **STEPS,
 }
+GRU = {**LSTM, **weight_cases(15), "c_0": {"of a cell without one": torch.randn(1, 2, 5)}}
+ELMAN = {**LSTM, **weight_cases(5), "c_0": {"of a cell without one": torch.randn(1, 2, 5)}}
 LSTM_BACKWARD = {
     **{name: cases for name, cases in LSTM.items() if name != "x"},
     "grad_output": spoiled(4, 2, 5),
     "grad_h_n": spoiled(1, 2, 5),
     "grad_c_n": spoiled(1, 2, 5),
+    "grad_cells": spoiled(4, 2, 5),
     "output": spoiled(4, 2, 5),
-    "reserve": {**spoiled(1, 4, 2, 5, 5), "four gates": torch.randn(1, 4, 2, 4, 5)},
+    "cells": {**spoiled(4, 2, 5), "empty": torch.empty(0)},
+    "reserve": {**spoiled(1, 4, 2, 4, 5), "five values": torch.randn(1, 4, 2, 5, 5)},
 }
-CELL = {
-    "x": {
-        "rank 1": torch.randn(3),
-        "rank 3": torch.randn(2, 3, 1),
-        "int64": torch.ones(2, 3, dtype=torch.int64),
+GRU_BACKWARD = {
+    **{name: cases for name, cases in GRU.items() if name != "x"},
+    **{name: LSTM_BACKWARD[name] for name in ("grad_output", "grad_h_n", "output", "reserve")},
+}
+ELMAN_BACKWARD = {
+    **{name: cases for name, cases in ELMAN.items() if name != "x"},
+    **{name: LSTM_BACKWARD[name] for name in ("grad_output", "grad_h_n", "output")},
+    "reserve": {"values": torch.randn(1, 4, 2, 1, 5), "rank": torch.randn(0)},
+}
+SCALES = {
+    "length": lambda rows: torch.rand(rows + 1),
+    "rank": lambda rows: torch.rand(rows, 1),
+    "float64": lambda rows: torch.rand(rows, dtype=torch.float64),
+    "meta": lambda rows: torch.empty(rows, device="meta"),
+}
+NARROW_WEIGHTS = {
+    "float32": lambda *s: torch.randn(*s),
+    "uint8": lambda *s: torch.zeros(*s, dtype=torch.uint8),
+    "bfloat16 beside int8": lambda *s: torch.zeros(*s, dtype=torch.bfloat16),
+    "width": lambda *s: torch.zeros(s[0], s[1] + 1, dtype=torch.int8),
+    "rows": lambda *s: torch.zeros(s[0] - 1, s[1], dtype=torch.int8),
+    "rank": lambda *s: torch.zeros(s[0], dtype=torch.int8),
+    "meta": lambda *s: torch.zeros(*s, dtype=torch.int8, device="meta"),
+}
+
+
+def narrow_cases(kind):
+    """weight_ih's dtype is the one that the other weights must have."""
+    return [(n, make) for n, make in NARROW_WEIGHTS.items() if kind == "hh" or "beside" not in n]
+
+
+RNN_NARROW = {
+    "cell": WRONG_CELL,
+    "x": {**RNN_X, "float64": torch.randn(4, 2, 3, dtype=torch.float64)},
+    "h_0": LSTM["h_0"],
+    "c_0": LSTM["c_0"],
+    **{
+        f"weight_{kind}": {
+            **{name: [make(20, width)] for name, make in narrow_cases(kind)},
+            "none": [],
+            "two": [torch.zeros(20, width, dtype=torch.int8)] * 2,
+        }
+        for kind, width in (("ih", 3), ("hh", 5))
     },
-    "h": spoiled(2, 5),
-    "c": spoiled(2, 5),
-    "weight_ih": {**spoiled(20, 3)},
-    "weight_hh": {**spoiled(20, 5)},
-    "bias_ih": {"length": torch.randn(19), "none": None, "float64": torch.randn(20, dtype=torch.float64)},
-    "bias_hh": {"length": torch.randn(19), "none": None, "meta": torch.empty(20, device="meta")},
+    **{
+        f"scale_{kind}": {**{name: [make(20)] for name, make in SCALES.items()}, "none": []}
+        for kind in ("ih", "hh")
+    },
+    "bias_ih": LSTM["bias_ih"],
+    "bias_hh": LSTM["bias_hh"],
+    **STEPS,
 }
+
+
+def cell_cases(rows, c):
+    return {
+        "cell": WRONG_CELL,
+        "x": {
+            "rank 1": torch.randn(3),
+            "rank 3": torch.randn(2, 3, 1),
+            "int64": torch.ones(2, 3, dtype=torch.int64),
+        },
+        "h": spoiled(2, 5),
+        "c": c,
+        "weight_ih": spoiled(rows, 3),
+        "weight_hh": spoiled(rows, 5),
+        "bias_ih": {
+            "length": torch.randn(rows - 1),
+            "none": None,
+            "float64": torch.randn(rows, dtype=torch.float64),
+        },
+        "bias_hh": {
+            "length": torch.randn(rows - 1),
+            "none": None,
+            "meta": torch.empty(rows, device="meta"),
+        },
+    }
+
+
+CELL = cell_cases(20, spoiled(2, 5))
+GRU_CELL = cell_cases(15, {"of a cell without one": torch.randn(2, 5)})
 CELL_BACKWARD = {
     **{name: cases for name, cases in CELL.items() if name != "x"},
     "grad_h_1": spoiled(2, 5),
     "grad_c_1": spoiled(2, 5),
-    "reserve": {**spoiled(2, 5, 5), "four gates": torch.randn(2, 4, 5)},
+    "h_1": spoiled(2, 5),
+    "c_1": {**spoiled(2, 5), "empty": torch.empty(0)},
+    "reserve": {**spoiled(2, 4, 5), "five values": torch.randn(2, 5, 5)},
 }
+GRU_CELL_BACKWARD = {
+    **{name: cases for name, cases in GRU_CELL.items() if name != "x"},
+    **{name: CELL_BACKWARD[name] for name in ("grad_h_1", "h_1", "reserve")},
+}
+CELL_NARROW = {
+    "cell": WRONG_CELL,
+    "x": {**CELL["x"], "float64": torch.randn(2, 3, dtype=torch.float64)},
+    "h": spoiled(2, 5),
+    "c": spoiled(2, 5),
+    **{
+        f"weight_{kind}": {name: make(20, width) for name, make in narrow_cases(kind)}
+        for kind, width in (("ih", 3), ("hh", 5))
+    },
+    **{
+        f"scale_{kind}": {**{name: make(20) for name, make in SCALES.items()}, "none": None}
+        for kind in ("ih", "hh")
+    },
+    "bias_ih": CELL["bias_ih"],
+    "bias_hh": CELL["bias_hh"],
+}
+
+
+def of(make, *arguments, **options):
+    return functools.partial(make, *arguments, **options)
+
+
+# label: (operator, its good operands, what is spoiled)
 TABLE = {
-    "conv_pool2d": (conv_operands, CONV),
-    "conv_pool2d_train": (conv_operands, CONV),
-    "conv_pool2d_backward": (conv_backward_operands, CONV_BACKWARD),
-    "lstm": (lstm_operands, LSTM),
-    "lstm_train": (lstm_operands, LSTM),
-    "lstm_backward": (lstm_backward_operands, LSTM_BACKWARD),
-    "lstm_cell": (cell_operands, CELL),
-    "lstm_cell_train": (cell_operands, CELL),
-    "lstm_cell_backward": (cell_backward_operands, CELL_BACKWARD),
+    "conv_pool2d": ("conv_pool2d", conv_operands, CONV),
+    "conv_pool2d_train": ("conv_pool2d_train", conv_operands, CONV),
+    "conv_pool2d_backward": ("conv_pool2d_backward", conv_backward_operands, CONV_BACKWARD),
+    "rnn lstm": ("rnn", rnn_operands, LSTM),
+    "rnn gru": ("rnn", of(rnn_operands, "gru"), GRU),
+    "rnn rnn_tanh": ("rnn", of(rnn_operands, "rnn_tanh"), ELMAN),
+    "rnn packed": ("rnn", of(rnn_operands, steps="packed"), PACKED_STEPS),
+    "rnn_train lstm": ("rnn_train", rnn_operands, LSTM),
+    "rnn_train gru": ("rnn_train", of(rnn_operands, "gru"), GRU),
+    "rnn_train packed": ("rnn_train", of(rnn_operands, steps="packed"), PACKED_STEPS),
+    "rnn_backward lstm": ("rnn_backward", rnn_backward_operands, LSTM_BACKWARD),
+    "rnn_backward gru": ("rnn_backward", of(rnn_backward_operands, "gru"), GRU_BACKWARD),
+    "rnn_backward rnn_tanh": ("rnn_backward", of(rnn_backward_operands, "rnn_tanh"), ELMAN_BACKWARD),
+    "rnn_backward lengths": (
+        "rnn_backward",
+        of(rnn_backward_operands, steps="lengths"),
+        {name: LSTM_BACKWARD[name] for name in ("grad_output", "grad_cells", "output", "cells", "reserve")},
+    ),
+    "rnn_narrow": ("rnn_narrow", rnn_narrow_operands, RNN_NARROW),
+    "rnn_cell lstm": ("rnn_cell", cell_operands, CELL),
+    "rnn_cell gru": ("rnn_cell", of(cell_operands, "gru"), GRU_CELL),
+    "rnn_cell_train lstm": ("rnn_cell_train", cell_operands, CELL),
+    "rnn_cell_backward lstm": ("rnn_cell_backward", cell_backward_operands, CELL_BACKWARD),
+    "rnn_cell_backward gru": (
+        "rnn_cell_backward",
+        of(cell_backward_operands, "gru"),
+        GRU_CELL_BACKWARD,
+    ),
+    "rnn_cell_narrow": ("rnn_cell_narrow", cell_narrow_operands, CELL_NARROW),
 }
 
 
@@ -264,15 +487,21 @@ def wrong_code_in_padding():
     return operators.conv_pool2d_backward(grad_y=torch.ones_like(y), **operands, **rest)
 
 
-def spoil(operator, argument, value):
-    operands, _ = TABLE[operator]
+def spoil(label, argument, value):
+    operator, operands, _ = TABLE[label]
     return getattr(operators, operator)(**{**operands(), argument: value})
+
+
+def right(label):
+    """The good operands: what makes the refusals below mean anything."""
+    operator, operands, _ = TABLE[label]
+    return getattr(operators, operator)(**operands())
 
 
 # (name, argument the message must name or None, function)
 CASES = [
-    (f"{operator}: {argument} {name}", argument, functools.partial(spoil, operator, argument, value))
-    for operator, (_, table) in TABLE.items()
+    (f"{label}: {argument} {name}", argument, functools.partial(spoil, label, argument, value))
+    for label, (_, _, table) in TABLE.items()
     for argument, cases in table.items()
     for name, value in cases.items()
 ]
@@ -286,10 +515,11 @@ OTHER_CASES = [
     *((f"code {value}", None, functools.partial(wrong_code, value)) for value in (4, 5, 17, 100, 200, 254)),
     ("code in padding", None, wrong_code_in_padding),
 ]
+GOOD_CASES = [(f"{label}: right", None, functools.partial(right, label)) for label in TABLE]
 
 
 def main(start):
-    for index, (name, _, function) in list(enumerate(CASES + OTHER_CASES))[start:]:
+    for index, (name, _, function) in list(enumerate(CASES + OTHER_CASES + GOOD_CASES))[start:]:
         print(json.dumps({"begin": index, "name": name}), flush=True)
         torch.manual_seed(index)
         try:

@@ -176,24 +176,35 @@ def compute():
         config = ([1, 1], [0, 0], [1, 1], 1, "relu", "max", [2, 2], [2, 2], [0, 0], False)
         torch.library.opcheck(operators.conv_pool2d_train.default, (x, weight, bias, *config))
 
-        shapes = ((6, 3, 5), (1, 3, 8), (1, 3, 8), (32, 5), (32, 8), (32,), (32,))
-        tensors = tuple(random(*s, dtype=dtype) for s in shapes)
+        for cell, gates in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1)):
+            rows, name = gates * 8, cell.removesuffix("_tanh")
+            states = [(3, 8)] * (2 if cell == "lstm" else 1)
+            shapes = ((6, 3, 5), *((1, *s) for s in states), (rows, 5), (rows, 8), (rows,), (rows,))
+            tensors = tuple(random(*s, dtype=dtype) for s in shapes)
+            count = 1 + len(states)
 
-        def lstm(x, h_0, c_0, *weights):
-            output, (h_n, c_n) = cx.functional.lstm(x, (h_0, c_0), weights)
-            return output, h_n, c_n
+            def split(tensors, count=count):
+                x, *states = tensors[:count]
+                return x, tuple(states) if count == 3 else states[0], tensors[count:]
 
-        record(f"lstm {dtype}", lstm, tensors, modes)
-        torch.library.opcheck(operators.lstm_train.default, (*tensors[:3], *([t] for t in tensors[3:])))
+            def sequence(*tensors, name=name, split=split):
+                output, states = getattr(cx.functional, name)(*split(tensors))
+                return output, *(states if isinstance(states, tuple) else (states,))
 
-        tensors = (tensors[0][0], tensors[1][0], tensors[2][0], *tensors[3:])
-        tensors = tuple(t.detach().requires_grad_() for t in tensors)
+            def step(*tensors, name=name, split=split):
+                x, hx, weights = split(tensors)
+                return getattr(cx.functional, name + "_cell")(x, hx, *weights)
 
-        def lstm_cell(x, h, c, *weights):
-            return cx.functional.lstm_cell(x, (h, c), *weights)
+            record(f"{name} {dtype}", sequence, tensors, modes)
+            given = (*tensors[:count], None)[:3]
+            weights = ([t] for t in tensors[count:])
+            torch.library.opcheck(operators.rnn_train.default, (cell, *given, *weights, None, None, None))
 
-        record(f"lstm_cell {dtype}", lstm_cell, tensors, modes)
-        torch.library.opcheck(operators.lstm_cell_train.default, tensors)
+            tensors = (*(t[0] for t in tensors[:count]), *tensors[count:])
+            tensors = tuple(t.detach().requires_grad_() for t in tensors)
+            record(f"{name}_cell {dtype}", step, tensors, modes)
+            given = (*tensors[:count], None)[:3]
+            torch.library.opcheck(operators.rnn_cell_train.default, (cell, *given, *tensors[count:]))
     return values
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _oracle import compiled_missing
-from _raw_cases import CASES, OTHER_CASES
+from _raw_cases import CASES, GOOD_CASES, OTHER_CASES
 from torch import nn
 
 import cnnrnn_ext as cx
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 def run_raw_cases():
     """{case name: {"type", "message"} or {"crash": return code}}."""
-    cases = CASES + OTHER_CASES
+    cases = CASES + OTHER_CASES + GOOD_CASES
     outcomes, start = {}, 0
     environment = {**os.environ, "PYTHONPATH": str(Path(cx.__file__).parent.parent), "MALLOC_CHECK_": "3"}
     while start < len(cases):
@@ -53,8 +53,14 @@ def raw_outcomes():
     return run_raw_cases()
 
 
-# The shape of weight_hh says what H is: a wrong one shows as a state that does not fit it.
-ALSO_NAMES = {"weight_hh": ("h_0:", "h:")}
+# The shape of weight_hh says what H is: a wrong one shows as a state that does not fit it. Which cell it is
+# says which states and gates there are; batch_sizes says whether x is packed, and how many rows there are.
+ALSO_NAMES = {
+    "weight_hh": ("h_0:", "h:"),
+    "batch_sizes": ("x:", "h_0:"),
+    "scale_ih": ("scale",),
+    "scale_hh": ("scale",),
+}
 
 
 @pytest.mark.parametrize(("name", "argument"), [case[:2] for case in CASES], ids=[case[0] for case in CASES])
@@ -65,6 +71,11 @@ def test_raw_operator_refuses(raw_outcomes, name, argument):
     if compiled_missing() is None:
         names = (argument, *ALSO_NAMES.get(argument, ()))
         assert any(n in outcome["message"] for n in names), outcome["message"]
+
+
+@pytest.mark.parametrize("name", [case[0] for case in GOOD_CASES])
+def test_raw_operator_takes_the_operands_that_the_cases_spoil(raw_outcomes, name):
+    assert raw_outcomes[name].get("type", "") is None, raw_outcomes[name]
 
 
 @pytest.mark.parametrize("name", [case[0] for case in OTHER_CASES])

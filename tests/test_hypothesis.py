@@ -1,7 +1,16 @@
-"""Random configurations of conv_pool2d and lstm on the compiled kernels, against the reference."""
+"""Random convolutions and recurrent layers on the compiled kernels, against the reference."""
 
 import torch
-from _oracle import check_error, largest, lstm_tensors, our_lstm, outputs_and_gradients, running_on
+from _oracle import (
+    CELLS,
+    FUNCTION,
+    check_error,
+    largest,
+    our_rnn,
+    outputs_and_gradients,
+    rnn_tensors,
+    running_on,
+)
 from conftest import require_compiled
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -92,6 +101,7 @@ def test_conv_pool2d(case):
 
 @SETTINGS
 @given(
+    st.sampled_from(CELLS),
     st.fixed_dictionaries(
         {
             "t": st.integers(1, 9),
@@ -103,14 +113,16 @@ def test_conv_pool2d(case):
     st.fixed_dictionaries(
         {"num_layers": st.integers(1, 3), "bidirectional": st.booleans(), "bias": st.booleans()}
     ),
+    st.sampled_from(["", "lengths", "reset", "lengths and reset"]),
     st.integers(0, 2**31),
 )
-def test_lstm(shape, options, seed):
+def test_rnn(cell, shape, options, given, seed):
     require_compiled()
     torch.manual_seed(seed)
-    tensors = lstm_tensors(**shape, **options)
-
-    def function(**operands):
-        return our_lstm(**operands, _options=options)
-
-    against_reference(function, tensors, ["lstm"], list(tensors))
+    tensors = rnn_tensors(cell, **shape, **options)
+    steps = {}
+    if "lengths" in given:
+        steps["lengths"] = torch.randint(shape["t"] + 1, (shape["n"],))
+    if "reset" in given:
+        steps["reset"] = torch.rand(shape["t"], shape["n"]) < 0.3
+    against_reference(our_rnn(cell, **options, **steps), tensors, [FUNCTION[cell]], list(tensors))

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from _oracle import check_error, compare, conv_tensors, lstm_tensors, our_lstm, stock_conv_pool2d, stock_lstm
+from _oracle import (
+    CELLS,
+    FUNCTION,
+    check_error,
+    compare,
+    conv_tensors,
+    our_rnn,
+    rnn_tensors,
+    stock_conv_pool2d,
+    stock_rnn,
+)
 
 import cnnrnn_ext as cx
 from cnnrnn_ext import _library
@@ -53,7 +63,10 @@ def test_suite_on_each_isa(compiled, isa):
         "isa",
         "-k",
         "not reference",
-        *(str(tests / f"test_{name}.py") for name in ("conv_pool", "lstm", "cells", "regressions")),
+        *(
+            str(tests / f"test_{name}.py")
+            for name in ("conv_pool", "rnn", "cells", "rnn_features", "rnn_exactness", "regressions")
+        ),
         isa=isa,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
@@ -66,33 +79,35 @@ import json, torch, cnnrnn_ext as cx
 from cnnrnn_ext import _library
 torch.manual_seed(0)
 torch.set_num_threads(1)
-conv, lstm = cx.ConvPool2d(3, 32, 3), cx.LSTM(37, 50)
+modules = {"conv": (cx.ConvPool2d(3, 32, 3), (4, 3, 20, 21)),
+           "lstm": (cx.LSTM(37, 50), (6, 5, 37)), "gru": (cx.GRU(37, 50), (6, 5, 37)),
+           "rnn": (cx.RNN(37, 50), (6, 5, 37)), "lstm, one row": (cx.LSTM(37, 50), (30, 1, 37))}
+values = {}
 with cx.trace() as log:
-    y = conv(torch.randn(4, 3, 20, 21)).double()
-    output = lstm(torch.randn(6, 5, 37))[0].double()
+    for name, (module, shape) in modules.items():
+        y = module(torch.randn(shape))
+        values[name] = (y[0] if isinstance(y, tuple) else y).double().flatten().tolist()
 print(json.dumps({"active": _library.build_module().active_isa(), "kernels": [c.kernel for c in log],
-                  "conv": y.flatten().tolist(), "lstm": output.flatten().tolist()}))
+                  "values": values}))
 """
 
 
 def test_isas_agree_and_differ(compiled):
-    """Every set computes the same network within rounding. Where two sets give every bit alike in both
-    operators, the override was not heeded: their vector widths sum in another order."""
+    """Every set computes the same networks within rounding. Where two sets give every bit alike in a
+    convolution or in an LSTM, the override was not heeded: their vector widths sum in another order."""
     results = {}
     for isa in machine_isas():
         result = run_python("-c", PROBE, isa=isa)
         assert result.returncode == 0, result.stderr
         results[isa] = json.loads(result.stdout)
         assert results[isa]["active"] == isa
-        assert results[isa]["kernels"] == [f"cpu/{isa}"] * 2
-    widest = results[machine_isas()[-1]]
+        assert results[isa]["kernels"] == [f"cpu/{isa}"] * len(results[isa]["values"])
+    widest = results[machine_isas()[-1]]["values"]
     for isa in machine_isas():
-        for key in ("conv", "lstm"):
-            torch.testing.assert_close(
-                torch.tensor(results[isa][key]), torch.tensor(widest[key]), rtol=1e-5, atol=1e-5
-            )
+        for name, values in results[isa]["values"].items():
+            torch.testing.assert_close(torch.tensor(values), torch.tensor(widest[name]), rtol=1e-5, atol=1e-5)
     if len(results) > 1:
-        assert any(widest[key] != results["baseline"][key] for key in ("conv", "lstm"))
+        assert any(widest[name] != results["baseline"]["values"][name] for name in widest)
 
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "1"])
@@ -117,7 +132,26 @@ def test_isa_the_machine_lacks_raises(compiled):
 # ---- threads ----
 
 CONV_SHAPE = (5, 3, 23, 21, 13, 3)
-LSTM_SHAPE = (6, 7, 20, 33)
+# Scans that threads share by hidden units, by rows and by directions.
+RNN_CASES = {
+    "by units": ((6, 7, 20, 33), {}),
+    "by rows": ((5, 40, 16, 24), {}),
+    "by directions": ((6, 3, 20, 33), {"bidirectional": True}),
+    "one row": ((24, 1, 20, 80), {}),
+}
+
+
+def rnn_operands():
+    return {
+        f"{cell} {name}": rnn_tensors(cell, *shape, **options)
+        for cell in CELLS
+        for name, (shape, options) in RNN_CASES.items()
+    }
+
+
+def rnn_function(name):
+    cell, case = name.split(" ", 1)
+    return our_rnn(cell, **RNN_CASES[case][1])
 
 
 @pytest.mark.parametrize("threads", THREADS)
@@ -126,16 +160,19 @@ def test_threads_against_torch(compiled, threads):
     compare(
         cx.functional.conv_pool2d, stock_conv_pool2d, conv_tensors(*CONV_SHAPE), compiled, ["conv_pool2d"]
     )
-    compare(our_lstm, stock_lstm, lstm_tensors(*LSTM_SHAPE), compiled, ["lstm"])
+    for cell in CELLS:
+        for shape, options in RNN_CASES.values():
+            tensors = rnn_tensors(cell, *shape, **options)
+            compare(our_rnn(cell, **options), stock_rnn(cell, **options), tensors, compiled, [FUNCTION[cell]])
 
 
 def run_once(operands):
-    """Every output and gradient of both operators, training, in one list."""
+    """Every output and gradient of each, training, in one list."""
     results = []
     for name, tensors in operands.items():
         leaves = {k: v.clone().requires_grad_() for k, v in tensors.items()}
         with cx.backend("compiled"):
-            y = cx.functional.conv_pool2d(**leaves) if "conv" in name else our_lstm(**leaves)
+            y = cx.functional.conv_pool2d(**leaves) if "conv" in name else rnn_function(name)(**leaves)
         outputs = [y] if isinstance(y, torch.Tensor) else list(y)
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
         results += [o.detach() for o in outputs] + [leaf.grad for leaf in leaves.values()]
@@ -149,7 +186,9 @@ def test_bitwise_repetition(compiled, threads):
     operands = {
         "conv": conv_tensors(16, 3, 28, 28, 32, 3),
         "deep conv": conv_tensors(3, 40, 13, 13, 64, 3),
-        "lstm": lstm_tensors(9, 13, 100, 40),
+        "lstm by units": rnn_tensors("lstm", 9, 13, 100, 40),
+        "gru by units": rnn_tensors("gru", 9, 13, 100, 120),
+        **rnn_operands(),
     }
     first = run_once(operands)
     for _ in range(5):
@@ -159,7 +198,7 @@ def test_bitwise_repetition(compiled, threads):
 
 def test_threads_change_only_the_rounding(compiled):
     results = {}
-    operands = {"conv": conv_tensors(*CONV_SHAPE), "lstm": lstm_tensors(*LSTM_SHAPE)}
+    operands = {"conv": conv_tensors(*CONV_SHAPE), **rnn_operands()}
     exact = {name: {k: v.double() for k, v in tensors.items()} for name, tensors in operands.items()}
     for threads in THREADS:
         torch.set_num_threads(threads)
@@ -172,12 +211,10 @@ def test_threads_change_only_the_rounding(compiled):
 
 def test_concurrent_callers(compiled):
     """Several Python threads at once, each with its own operands: no shared scratch between calls."""
-    tensors = [conv_tensors(*CONV_SHAPE) for _ in range(8)]
-    sequences = [lstm_tensors(*LSTM_SHAPE) for _ in range(8)]
-    expected = [run_once({"conv": a, "lstm": b}) for a, b in zip(tensors, sequences, strict=True)]
+    operands = [{"conv": conv_tensors(*CONV_SHAPE), **rnn_operands()} for _ in range(6)]
+    expected = [run_once(each) for each in operands]
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(3):
-            results = pool.map(lambda a, b: run_once({"conv": a, "lstm": b}), tensors, sequences)
-            for result, wanted in zip(results, expected, strict=True):
+        for _ in range(2):
+            for result, wanted in zip(pool.map(run_once, operands), expected, strict=True):
                 for a, b in zip(result, wanted, strict=True):
                     torch.testing.assert_close(a, b)

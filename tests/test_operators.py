@@ -1,10 +1,13 @@
 """The raw operators: schemas, opcheck, gradcheck and gradgradcheck of each, autocast, dtypes."""
 
+import contextlib
 import copy
+import functools
+import itertools
 
 import pytest
 import torch
-from _oracle import compiled_missing
+from _oracle import CELLS, GATES, as_states, cell_class, compiled_missing, nonlinearity, sequence_class
 from torch.testing._internal.optests import opcheck as _opcheck
 
 import cnnrnn_ext as cx
@@ -12,7 +15,9 @@ from cnnrnn_ext import _library
 
 operators = torch.ops.cnnrnn_ext
 NAMES = [
-    f"{base}{form}" for base in ("conv_pool2d", "lstm", "lstm_cell") for form in ("", "_train", "_backward")
+    *(f"{base}{form}" for base in ("conv_pool2d", "rnn", "rnn_cell") for form in ("", "_train", "_backward")),
+    "rnn_narrow",
+    "rnn_cell_narrow",
 ]
 
 # stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode
@@ -32,26 +37,61 @@ def conv_arguments(
     return (x, weight, bias, *config)
 
 
-def lstm_arguments(directions=1, dtype=torch.float32, bias=True, grad=False, steps=4, hidden=5):
+def rnn_arguments(
+    cell="lstm", directions=1, dtype=torch.float32, bias=True, grad=False, steps=4, hidden=5,
+    state=True, given="padded",
+):  # fmt: skip
+    """cell, x, h_0, c_0, four lists of weights, batch_sizes, lengths, reset."""
+
     def random(*shape):
         return torch.randn(*shape, dtype=dtype, requires_grad=grad)
 
-    rows = 4 * hidden
+    rows = GATES[cell] * hidden
     weights = [
         [random(rows, 3) for _ in range(directions)],
         [random(rows, hidden) for _ in range(directions)],
         *([[random(rows) for _ in range(directions)] if bias else [] for _ in range(2)]),
     ]
-    states = (random(directions, 2, hidden) for _ in range(2))
-    return (random(steps, 2, 3), *states, *weights)
+    states = [random(directions, 2, hidden) if state else None for _ in range(2)]
+    if cell != "lstm":
+        states[1] = None
+    x, batch_sizes, lengths, reset = (steps, 2, 3), None, None, None
+    if given == "packed":
+        batch_sizes = torch.tensor([2] * (steps - 1) + [1])
+        x = 2 * steps - 1, 3
+    if "lengths" in given:
+        lengths = torch.tensor([steps - 1, steps])
+    if "reset" in given:
+        reset = torch.arange(2 * steps).view(steps, 2) % 3 == 1
+    return (cell, random(*x), *states, *weights, batch_sizes, lengths, reset)
 
 
-def cell_arguments(dtype=torch.float32, bias=True, grad=False):
+def cell_arguments(cell="lstm", dtype=torch.float32, bias=True, grad=False, state=True, hidden=5):
+    """cell, x, h, c, four weights."""
+
     def random(*shape):
         return torch.randn(*shape, dtype=dtype, requires_grad=grad)
 
-    biases = (random(20), random(20)) if bias else (None, None)
-    return (random(2, 3), random(2, 5), random(2, 5), random(20, 3), random(20, 5), *biases)
+    rows = GATES[cell] * hidden
+    biases = (random(rows), random(rows)) if bias else (None, None)
+    h, c = (random(2, hidden) if state else None for _ in range(2))
+    weights = random(rows, 3), random(rows, hidden)
+    return (cell, random(2, 3), h, c if cell == "lstm" else None, *weights, *biases)
+
+
+def narrow_arguments(base, cell="lstm", int8=True):
+    """Inference with weights in int8, one scale a row, or in bfloat16."""
+    arguments = list(rnn_arguments(cell, 2) if base == "rnn" else cell_arguments(cell))
+    lists = base == "rnn"
+    scales = []
+    for index in (4, 5):
+        weights = arguments[index] if lists else [arguments[index]]
+        kind = torch.int8 if int8 else torch.bfloat16
+        narrow = [(w * 30).clamp(-127, 127).to(kind) if int8 else w.to(kind) for w in weights]
+        scale = [torch.rand(len(w)) / 30 for w in weights] if int8 else []
+        arguments[index] = narrow if lists else narrow[0]
+        scales.append(scale if lists else scale[0] if scale else None)
+    return (*arguments[:6], *scales, *arguments[6:])
 
 
 def detached(arguments):
@@ -62,18 +102,26 @@ def detached(arguments):
     )
 
 
+FLAGS = {"conv_pool2d": 3, "rnn": 4, "rnn_cell": 4}
+GRADIENTS = {"conv_pool2d": 1, "rnn": 4, "rnn_cell": 2}  # that come in
+# Of what NAME_train returns: which outputs these belong to, and which the backward takes.
+DIFFERENTIABLE = {"conv_pool2d": (0,), "rnn": (0, 1, 2, 3), "rnn_cell": (0, 1)}
+SAVED = {"conv_pool2d": (1,), "rnn": (0, 3, 4), "rnn_cell": (0, 1, 2)}
+
+
 def backward_arguments(name, forward, need=None, grad=False, missing=()):
     """Arguments of NAME_backward: random incoming gradients beside what NAME_train saved."""
     outputs = getattr(operators, name + "_train")(*detached(forward))
-    kept = {"conv_pool2d": 1, "lstm": 3, "lstm_cell": 2}[name]
+    empty = () if name == "conv_pool2d" or forward[0] == "lstm" else (2, 3) if name == "rnn" else (1,)
     grads = [
-        None if i in missing else torch.randn_like(y).requires_grad_(grad)
-        for i, y in enumerate(outputs[:kept])
+        None if i in missing or i in empty else torch.randn_like(outputs[i]).requires_grad_(grad)
+        for i in DIFFERENTIABLE[name]
     ]
+    need = need or (True,) * FLAGS[name]
+    saved = [outputs[i] for i in SAVED[name]]
     if name == "conv_pool2d":
-        return (*grads, *forward[:3], outputs[1], *forward[3:], *(need or (True, True, True)))
-    saved = (outputs[0], outputs[3]) if name == "lstm" else (outputs[2],)
-    return (*grads, *forward, *saved, *(need or (True,) * 4))
+        return (*grads, *forward[:3], *saved, *forward[3:], *need)
+    return (*grads, *forward, *saved, *need)
 
 
 def tensors_of(arguments):
@@ -82,7 +130,7 @@ def tensors_of(arguments):
 
 
 def sample_arguments(grad):
-    """(operator, arguments) over all nine, each in several configurations."""
+    """(operator, case, arguments) over the families, each in several configurations."""
     last = torch.channels_last
     convs = {
         "default": conv_arguments(grad=grad),
@@ -92,18 +140,24 @@ def sample_arguments(grad):
         "no bias": conv_arguments(bias=False, grad=grad),
         "float64": conv_arguments(dtype=torch.float64, grad=grad),
     }
-    lstms = {
-        "default": lstm_arguments(grad=grad, steps=2),
-        "bidirectional": lstm_arguments(2, grad=grad, steps=2),
-        "no bias": lstm_arguments(bias=False, grad=grad, steps=2),
-        "float64": lstm_arguments(dtype=torch.float64, grad=grad, steps=2),
+    layers = {
+        **{cell: rnn_arguments(cell, grad=grad, steps=2) for cell in CELLS},
+        "bidirectional": rnn_arguments(directions=2, grad=grad, steps=2),
+        "no bias": rnn_arguments(bias=False, grad=grad, steps=2),
+        "float64": rnn_arguments(dtype=torch.float64, grad=grad, steps=2),
+        "no states": rnn_arguments("gru", state=False, grad=grad, steps=2),
+        "packed": rnn_arguments("gru", 2, grad=grad, steps=3, given="packed"),
+        "lengths": rnn_arguments("lstm", grad=grad, steps=3, given="lengths"),
+        "reset": rnn_arguments("rnn_tanh", 2, grad=grad, steps=3, given="reset"),
+        "lengths and reset": rnn_arguments("gru", grad=grad, steps=3, given="lengths and reset"),
     }
     cells = {
-        "default": cell_arguments(grad=grad),
+        **{cell: cell_arguments(cell, grad=grad) for cell in CELLS},
         "no bias": cell_arguments(bias=False, grad=grad),
         "float64": cell_arguments(dtype=torch.float64, grad=grad),
+        "no states": cell_arguments("gru", state=False, grad=grad),
     }
-    for name, samples in (("conv_pool2d", convs), ("lstm", lstms), ("lstm_cell", cells)):
+    for name, samples in (("conv_pool2d", convs), ("rnn", layers), ("rnn_cell", cells)):
         for case, arguments in samples.items():
             yield name, case, arguments
 
@@ -124,12 +178,22 @@ def test_opcheck(name, case):
     if name.endswith("_backward"):
         arguments = backward_arguments(base, arguments, grad=True)
     # Tracing a backward and its own double backward takes seconds: once each is enough.
-    checks = CHECKS if case == "default" or not name.endswith("_backward") else CHECKS[:-1]
+    traced = case in ("default", "lstm", "gru") or not name.endswith("_backward")
+    checks = CHECKS if traced else CHECKS[:-1]
     _opcheck(getattr(operators, name).default, arguments, test_utils=checks, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "bfloat16"])
+@pytest.mark.parametrize("base", ["rnn", "rnn_cell"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_opcheck_narrow(cell, base, int8):
+    arguments = narrow_arguments(base, cell, int8)
+    _opcheck(getattr(operators, base + "_narrow").default, arguments, test_utils=CHECKS, rtol=1e-4, atol=1e-4)
+
+
 def test_every_operator_is_checked():
-    assert {name for name, _ in OPCHECK_CASES} == set(NAMES)
+    narrow = {"rnn_narrow", "rnn_cell_narrow"}
+    assert {name for name, _ in OPCHECK_CASES} | narrow == set(NAMES)
     assert {schema.split("(")[0] for schema in _library.schemas()} == set(NAMES)
 
 
@@ -208,25 +272,41 @@ def shrunk_conv(config, bias=True):
     return (x, weight, bias, *config)
 
 
+small_rnn = functools.partial(rnn_arguments, dtype=torch.float64, hidden=2)
+small_cell = functools.partial(cell_arguments, dtype=torch.float64, hidden=2)
+SMALL_RNNS = {
+    **{cell: {"cell": cell, "steps": 3} for cell in CELLS},
+    **{f"{cell}, bidirectional": {"cell": cell, "directions": 2, "steps": 2} for cell in CELLS},
+    "lstm, no bias": {"cell": "lstm", "steps": 2, "bias": False},
+    **{
+        f"{cell}, {given}": {"cell": cell, "steps": 3, "directions": 1 + (cell == "gru"), "given": given}
+        for cell in ("lstm", "gru", "rnn_tanh")
+        for given in ("packed", "lengths", "reset", "lengths and reset")
+    },
+    **{f"{cell}, no states": {"cell": cell, "steps": 2, "state": False} for cell in ("lstm", "gru")},
+}
 GRAD_CASES = {
-    "conv_pool2d": ("conv_pool2d", lambda: shrunk_conv("default"), 1),
-    "conv_pool2d, everything": ("conv_pool2d", lambda: shrunk_conv("everything"), 1),
-    "conv_pool2d, no bias": ("conv_pool2d", lambda: shrunk_conv("default", bias=False), 1),
-    "lstm": ("lstm", lambda: lstm_arguments(dtype=torch.float64, steps=3, hidden=2), 3),
-    "lstm, bidirectional": ("lstm", lambda: lstm_arguments(2, torch.float64, steps=2, hidden=2), 3),
-    "lstm, no bias": ("lstm", lambda: lstm_arguments(dtype=torch.float64, bias=False, steps=2, hidden=2), 3),
-    "lstm_cell": ("lstm_cell", lambda: cell_arguments(torch.float64), 2),
-    "lstm_cell, no bias": ("lstm_cell", lambda: cell_arguments(torch.float64, bias=False), 2),
+    "conv_pool2d": ("conv_pool2d", lambda: shrunk_conv("default")),
+    "conv_pool2d, everything": ("conv_pool2d", lambda: shrunk_conv("everything")),
+    "conv_pool2d, no bias": ("conv_pool2d", lambda: shrunk_conv("default", bias=False)),
+    **{
+        f"rnn, {name}": ("rnn", functools.partial(small_rnn, **options))
+        for name, options in SMALL_RNNS.items()
+    },
+    **{f"rnn_cell, {cell}": ("rnn_cell", functools.partial(small_cell, cell)) for cell in CELLS},
+    "rnn_cell, lstm, no bias": ("rnn_cell", functools.partial(small_cell, "lstm", bias=False)),
+    "rnn_cell, gru, no states": ("rnn_cell", functools.partial(small_cell, "gru", state=False)),
+    "rnn_cell, lstm, no states": ("rnn_cell", functools.partial(small_cell, "lstm", state=False)),
 }
 
 
 @pytest.mark.pure
 @pytest.mark.parametrize("case", GRAD_CASES)
 def test_gradcheck(case):
-    name, make, kept = GRAD_CASES[case]
+    name, make = GRAD_CASES[case]
     arguments = make()
     function, tensors = run_flat(
-        getattr(operators, name + "_train"), arguments, tensor_positions(arguments), kept
+        getattr(operators, name + "_train"), arguments, tensor_positions(arguments), GRADIENTS[name]
     )
     assert torch.autograd.gradcheck(function, tensors)
 
@@ -234,41 +314,33 @@ def test_gradcheck(case):
 @pytest.mark.parametrize("case", GRAD_CASES)
 def test_gradgradcheck(case):
     """The second derivative, through the backward operator's own gradient."""
-    name, make, kept = GRAD_CASES[case]
+    name, make = GRAD_CASES[case]
     arguments = make()
     function, tensors = run_flat(
-        getattr(operators, name + "_train"), arguments, tensor_positions(arguments), kept
+        getattr(operators, name + "_train"), arguments, tensor_positions(arguments), GRADIENTS[name]
     )
     assert torch.autograd.gradgradcheck(function, tensors)
-
-
-SAVED = {"conv_pool2d": 0, "lstm": 2, "lstm_cell": 1}  # tensors of the backward that the forward computed
 
 
 @pytest.mark.parametrize("case", GRAD_CASES)
 def test_backward_operator_has_the_gradient_of_its_formula(case):
     """gradcheck of NAME_backward itself, the saved tensors recomputed with the inputs they depend on."""
-    name, make, _ = GRAD_CASES[case]
+    name, make = GRAD_CASES[case]
     forward = make()
     arguments = backward_arguments(name, forward)
-    grads = {"conv_pool2d": 1, "lstm": 3, "lstm_cell": 2}[name]
+    count = GRADIENTS[name]
 
     def backward(*filled):
-        kept = getattr(operators, name + "_train")(
-            *detached(filled[grads : grads + len(forward)][: len(forward)])
-        )
-        if name == "conv_pool2d":
-            return operators.conv_pool2d_backward(*filled)
-        saved = (kept[0], kept[3]) if name == "lstm" else (kept[2],)
-        return getattr(operators, name + "_backward")(
-            *filled[: grads + len(forward)], *saved, True, True, True, True
-        )
+        inputs = filled[count : count + len(forward)]
+        kept = getattr(operators, name + "_train")(*detached(inputs))
+        saved = [kept[i] for i in SAVED[name]]
+        return getattr(operators, name + "_backward")(*filled[: count + len(forward)], *saved, *(True,) * 4)
 
     if name == "conv_pool2d":
         positions = [i for i in tensor_positions(arguments) if i < 4]
         function, tensors = run_flat(operators.conv_pool2d_backward, arguments, positions, 99)
     else:
-        positions = tensor_positions(arguments)[: -SAVED[name]]
+        positions = tensor_positions(arguments[: count + len(forward)])
         function, tensors = run_flat(backward, arguments, positions, 99)
     assert torch.autograd.gradcheck(function, tensors)
 
@@ -293,14 +365,16 @@ def test_conv_pool2d_backward_computes_what_is_asked(wanted):
 
 
 @pytest.mark.parametrize("wanted", range(4))
-@pytest.mark.parametrize("name", ["lstm", "lstm_cell"])
-def test_lstm_backward_computes_what_is_asked(name, wanted):
-    arguments = backward_arguments(name, lstm_arguments(2) if name == "lstm" else cell_arguments())
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("name", ["rnn", "rnn_cell"])
+def test_rnn_backward_computes_what_is_asked(name, cell, wanted):
+    arguments = backward_arguments(name, rnn_arguments(cell, 2) if name == "rnn" else cell_arguments(cell))
     operator = getattr(operators, name + "_backward")
     full = operator(*arguments)
     partial = operator(*arguments[:-4], *[i == wanted for i in range(4)])
-    groups = {0: [0], 1: [1, 2], 2: [3, 4], 3: [5]}
-    for i in range(6):
+    groups = {0: [0], 1: [1, 2], 2: [3, 4], 3: [5, 6]}
+    assert len(full) == 7
+    for i in range(7):
         if i in groups[wanted]:
             torch.testing.assert_close(full[i], partial[i], rtol=0, atol=0)
         elif isinstance(partial[i], list):
@@ -309,13 +383,15 @@ def test_lstm_backward_computes_what_is_asked(name, wanted):
             assert list(partial[i].shape) == [0]
 
 
-@pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize(
+    "missing", [m for n in (1, 2, 3) for m in itertools.combinations(range(4), n)], ids=str
+)
 def test_missing_incoming_gradient_is_zero(missing):
-    arguments = backward_arguments("lstm", lstm_arguments(2))
-    zeros = [torch.zeros_like(g) if i in missing else g for i, g in enumerate(arguments[:3])]
-    absent = [None if i in missing else g for i, g in enumerate(arguments[:3])]
-    full = operators.lstm_backward(*zeros, *arguments[3:])
-    partial = operators.lstm_backward(*absent, *arguments[3:])
+    arguments = backward_arguments("rnn", rnn_arguments("lstm", 2))
+    zeros = [torch.zeros_like(g) if i in missing else g for i, g in enumerate(arguments[:4])]
+    absent = [None if i in missing else g for i, g in enumerate(arguments[:4])]
+    full = operators.rnn_backward(*zeros, *arguments[4:])
+    partial = operators.rnn_backward(*absent, *arguments[4:])
     for a, b in zip(full, partial, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -344,19 +420,38 @@ def test_code_names_the_winner(case):
         torch.testing.assert_close(conv[n, k, row, column], y[n, k, i, j])
 
 
-def test_reserve_holds_gates_and_state():
-    x, h_0, c_0, (w_ih,), (w_hh,), (b_ih,), (b_hh,) = lstm_arguments()
-    output, h_n, c_n, reserve = operators.lstm_train(x, h_0, c_0, [w_ih], [w_hh], [b_ih], [b_hh])
-    h, c = h_0[0], c_0[0]
+@pytest.mark.parametrize("cell", CELLS)
+def test_reserve_holds_what_the_schema_says(cell):
+    arguments = rnn_arguments(cell)
+    _, x, h_0, c_0, (w_ih,), (w_hh,), (b_ih,), (b_hh,) = arguments[:8]
+    output, h_n, c_n, cells, reserve = operators.rnn_train(*arguments)
+    h, c = h_0[0], None if c_0 is None else c_0[0]
     for t in range(len(x)):
-        gates = x[t] @ w_ih.t() + b_ih + h @ w_hh.t() + b_hh
-        i, f, g, o = gates.chunk(4, -1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        expected = torch.stack((i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid(), c), 1)
-        torch.testing.assert_close(reserve[0, t], expected)
+        from_x, from_h = x[t] @ w_ih.t() + b_ih, h @ w_hh.t() + b_hh
+        expected = []
+        if cell == "lstm":
+            i, f, g, o = (from_x + from_h).chunk(4, -1)
+            expected = [i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()]
+            c = expected[1] * c + expected[0] * expected[2]
+            h = expected[3] * c.tanh()
+            torch.testing.assert_close(cells[t], c)
+        elif cell == "gru":
+            (x_r, x_z, x_n), (h_r, h_z, h_n_part) = from_x.chunk(3, -1), from_h.chunk(3, -1)
+            r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+            n = (x_n + r * h_n_part).tanh()
+            expected = [r, z, n, h_n_part]
+            h = (1 - z) * n + z * h
+        else:
+            h = (from_x + from_h).tanh() if cell == "rnn_tanh" else (from_x + from_h).relu()
+        if expected:
+            torch.testing.assert_close(reserve[0, t], torch.stack(expected, 1))
         torch.testing.assert_close(output[t], h)
-    torch.testing.assert_close((h_n[0], c_n[0]), (h, c))
+    torch.testing.assert_close(h_n[0], h)
+    if cell == "lstm":
+        torch.testing.assert_close(c_n[0], c)
+    else:
+        assert [list(t.shape) for t in (c_n, cells)] == [[0], [0]]
+        assert list(reserve.shape) == [1, 4, 2, 4 if cell == "gru" else 0, 5]
 
 
 @pytest.mark.pure
@@ -369,7 +464,7 @@ def test_inference_operator_is_the_train_operators_output():
             assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("name", ["conv_pool2d", "lstm", "lstm_cell"])
+@pytest.mark.parametrize("name", ["conv_pool2d", "rnn", "rnn_cell"])
 def test_inference_operator_warns_of_a_gradient(name):
     """The inference forms have no gradient: asking for one through the raw operator is not silent."""
     arguments = next(a for n, _, a in sample_arguments(True) if n == name)
@@ -392,12 +487,12 @@ def test_arguments_are_not_modified():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int32, torch.complex64], ids=str)
-@pytest.mark.parametrize("name", ["conv_pool2d", "lstm", "lstm_cell"])
+@pytest.mark.parametrize("name", ["conv_pool2d", "rnn", "rnn_cell"])
 def test_raw_operator_refuses_other_dtypes(name, dtype):
     """The compiled operators name what they do not take; functional composes for those."""
     if reason := compiled_missing():
         pytest.skip(f"no compiled kernels: {reason}")
-    make = {"conv_pool2d": conv_arguments, "lstm": lstm_arguments, "lstm_cell": cell_arguments}[name]
+    make = {"conv_pool2d": conv_arguments, "rnn": rnn_arguments, "rnn_cell": cell_arguments}[name]
 
     def cast(value):
         if isinstance(value, torch.Tensor):
@@ -431,46 +526,84 @@ def test_raw_operators_stay_in_float32_under_autocast(dtype):
             assert torch.equal(a, b)
 
 
+def first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@contextlib.contextmanager
+def as_autocast_runs_everywhere():
+    """torch's own modules under autocast without oneDNN, whose LSTM refuses bfloat16 on older processors."""
+    with torch.backends.mkldnn.flags(enabled=False), torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+def autocast_twins():
+    """(cell or None, ours, stock, input) with the same parameters."""
+    pairs = [(None, cx.ConvPool2d(3, 4, 3), torch.nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))]
+    for cell in CELLS:
+        for make, shape in ((sequence_class, (4, 3, 5)), (cell_class, (3, 5))):
+            ours, stock = (make(package, cell)(5, 6, **nonlinearity(cell)) for package in (cx, torch.nn))
+            pairs.append((cell, ours, stock, torch.randn(shape)))
+    for _, ours, stock, _ in pairs:
+        stock.load_state_dict(ours.state_dict())
+    return pairs
+
+
+def check_autocast(ours, y, expected):
+    """Values and dtype; an LSTM is bfloat16 as oneDNN's."""
+    if isinstance(ours, cx.LSTM):
+        expected = expected.bfloat16()
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.03)
+
+
 def test_modules_under_autocast():
-    """As torch.nn under CPU autocast: sequences and convolutions in bfloat16 (on the reference, and the
-    trace says so), the cell's state in float32; gradients in float32."""
-    modules = [cx.ConvPool2d(3, 4, 3), cx.LSTM(5, 6), cx.LSTMCell(5, 6)]
-    stock = [torch.nn.Conv2d(3, 4, 3), torch.nn.LSTM(5, 6), torch.nn.LSTMCell(5, 6)]
-    inputs = [torch.randn(2, 3, 8, 8), torch.randn(4, 3, 5), torch.randn(3, 5)]
-    for module, twin, x in zip(modules, stock, inputs, strict=True):
-        twin.load_state_dict(module.state_dict())
+    """As torch.nn under CPU autocast: layers and convolutions in bfloat16, but states that mix with their old
+    value in torch's dtype, gradients in float32. Recurrent kernels take bfloat16 by way of float32; a
+    convolution runs on the reference, and the trace says so."""
+    for cell, module, twin, x in autocast_twins():
         with torch.autocast("cpu", torch.bfloat16), cx.trace() as log:
-            y, expected = module(x), twin(x)
-        y, expected = (r[0] if isinstance(r, tuple) else r for r in (y, expected))
-        if isinstance(module, cx.ConvPool2d):
+            y = first(module(x))
+        with as_autocast_runs_everywhere():
+            expected = first(twin(x))
+        if cell is None:
             expected = torch.nn.functional.max_pool2d(expected.relu(), 2)
-        assert y.dtype == expected.dtype
-        if y.dtype == torch.bfloat16:
-            assert [c.backend for c in log] == ["reference"]
-            assert "bfloat16" in log[0].reason or compiled_missing()
-        torch.testing.assert_close(y, expected, rtol=0.05, atol=0.03)
+        compiled = cell is not None and not compiled_missing()
+        assert [c.backend for c in log] == ["compiled" if compiled else "reference"]
+        assert compiled or compiled_missing() or "bfloat16" in log[0].reason
+        check_autocast(module, y, expected)
         y.float().sum().backward()
         assert all(p.grad.dtype == torch.float32 for p in module.parameters())
         assert next(module.parameters()).grad.any()
 
 
-def test_mixed_dtypes_under_autocast():
-    """A bfloat16 input with float32 parameters and states, as they meet between modules: torch takes both."""
-    h_0, c_0 = torch.randn(1, 3, 6), torch.randn(1, 3, 6)
-    x = torch.randn(4, 3, 5).bfloat16()
-    lstm, cell = cx.LSTM(5, 6), cx.LSTMCell(5, 6)
-    stock_lstm, stock_cell = torch.nn.LSTM(5, 6), torch.nn.LSTMCell(5, 6)
-    stock_lstm.load_state_dict(lstm.state_dict())
-    stock_cell.load_state_dict(cell.state_dict())
-    with torch.autocast("cpu", torch.bfloat16):
-        pairs = [
-            (lstm(x, (h_0, c_0))[0], stock_lstm(x, (h_0, c_0))[0]),
-            (cell(x[0], (h_0[0], c_0[0]))[0], stock_cell(x[0], (h_0[0], c_0[0]))[0]),
-        ]
-        frames = torch.randn(2, 3, 9).bfloat16()
-        conv = cx.ConvPool1d(3, 4, 3)
-        expected = torch.nn.functional.conv1d(frames, conv.weight, conv.bias)
-        pairs.append((conv(frames), torch.nn.functional.max_pool1d(expected.relu(), 2)))
-    for ours, theirs in pairs:
-        assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.03)
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float64, None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mixed_dtypes_under_autocast(mode, dtype, state):
+    """Inputs and states of any dtype with float32 parameters, as they meet between modules."""
+    for cell, module, twin, x in autocast_twins():
+        hx = None
+        if cell is not None and state is not None:
+            shape = (1, 3, 6) if x.dim() == 3 else (3, 6)
+            hx = as_states(cell, torch.randn(shape, dtype=state), torch.randn(shape, dtype=state))
+        if cell is None:
+            if mode == "compiled":
+                continue
+            frames = x[0].to(dtype)
+            with cx.backend(mode), torch.autocast("cpu", torch.bfloat16):
+                y = module(frames[None])
+            with as_autocast_runs_everywhere():
+                expected = torch.nn.functional.max_pool2d(twin(frames[None]).relu(), 2)
+            check_autocast(module, y, expected)
+            continue
+        with as_autocast_runs_everywhere():
+            try:
+                expected = first(twin(x.to(dtype), hx))
+            except RuntimeError:  # torch refuses a state of that dtype
+                expected = None
+        with cx.backend(mode), torch.autocast("cpu", torch.bfloat16):
+            if expected is None:
+                with pytest.raises(RuntimeError):
+                    module(x.to(dtype), hx)
+                continue
+            check_autocast(module, first(module(x.to(dtype), hx)), expected)

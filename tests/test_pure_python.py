@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SELECTION = (
     "conv_pool",
-    "lstm",
+    "rnn",
     "cells",
     "modules",
     "rnn_features",

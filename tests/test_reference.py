@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from _oracle import (
+    CELLS,
+    as_states,
+    cell_class,
     check_error,
     conv_tensors,
-    lstm_tensors,
+    flat,
+    functional_rnn,
+    nonlinearity,
     outputs_and_gradients,
+    rnn_tensors,
+    sequence_class,
     stock_conv_pool2d,
-    stock_lstm,
+    stock_rnn,
 )
 
 import cnnrnn_ext as cx
@@ -35,20 +42,17 @@ CONV_OPTIONS = {
     "no pool": {"pool": "none", "padding": "same"},
     **{a: {"activation": a} for a in cx.reference.ACTIVATIONS},
 }
-LSTM_OPTIONS = [
+RNN_OPTIONS = [
     {},
     {"bidirectional": True},
     {"num_layers": 2, "bidirectional": True, "bias": False},
-    {"batch_first": True, "proj_size": 3},
-    {"num_layers": 3, "proj_size": 2, "bidirectional": True},
+    {"batch_first": True, "num_layers": 2},
 ]
-
-
-def reference_lstm(input, h_0, c_0, _options=None, **weights):
-    options = dict(_options or {})
-    bias = options.pop("bias", True)
-    output, states = cx.reference.lstm(input, (h_0, c_0), list(weights.values()), has_biases=bias, **options)
-    return output, *states
+RNN_CASES = [
+    *((cell, options) for cell in CELLS for options in RNN_OPTIONS),
+    ("lstm", {"batch_first": True, "proj_size": 3}),
+    ("lstm", {"num_layers": 3, "proj_size": 2, "bidirectional": True}),
+]
 
 
 def check(function, stock, tensors):
@@ -82,43 +86,37 @@ def test_conv_pool2d(name, dtype):
 
 @pytest.mark.pure
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", LSTM_OPTIONS, ids=str)
-def test_lstm(options, dtype):
+@pytest.mark.parametrize(("cell", "options"), RNN_CASES, ids=str)
+def test_sequence(cell, options, dtype):
     shape = {k: v for k, v in options.items() if k != "batch_first"}
-    tensors = {k: v.to(dtype) for k, v in lstm_tensors(5, 5, 7, 6, **shape).items()}
-    check(
-        functools.partial(reference_lstm, _options=options),
-        functools.partial(stock_lstm, _options=options),
-        tensors,
+    tensors = {k: v.to(dtype) for k, v in rnn_tensors(cell, 5, 5, 7, 6, **shape).items()}
+    check(functional_rnn(cx.reference, cell, **options), stock_rnn(cell, **options), tensors)
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(("cell", "proj_size"), [*((cell, 0) for cell in CELLS), ("lstm", 3)])
+def test_packed(cell, proj_size):
+    """batch_sizes as torch.nn reads it, forward and reverse, with a projection."""
+    options = {"num_layers": 2, "bidirectional": True, **({"proj_size": proj_size} if proj_size else {})}
+    stock = sequence_class(torch.nn, cell)(5, 6, **options, **nonlinearity(cell))
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(6, 3, 5), [6, 4, 1])
+    output, *finals = flat(stock(packed))
+    function = functional_rnn(cx.reference, cell, batch_sizes=packed.batch_sizes, **options)
+    states = dict(zip(("h_0", "c_0"), map(torch.zeros_like, finals), strict=False))
+    result = function(packed.data, **states, **dict(stock.named_parameters()))
+    for a, b in zip(result, (output.data, *finals), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("cell", CELLS)
+def test_cell(cell):
+    stock = cell_class(torch.nn, cell)(5, 6, **nonlinearity(cell))
+    x, states = torch.randn(3, 5), as_states(cell, torch.randn(3, 6), torch.randn(3, 6))
+    function = getattr(cx.reference, cell_class(cx, cell).__name__.lower().replace("cell", "_cell"))
+    torch.testing.assert_close(
+        function(x, states, *stock.parameters(), **nonlinearity(cell)), stock(x, states)
     )
-
-
-@pytest.mark.pure
-def test_lstm_packed():
-    """batch_sizes as nn.LSTM reads it, forward and reverse, with a projection."""
-    for proj_size in (0, 3):
-        stock = torch.nn.LSTM(5, 6, num_layers=2, bidirectional=True, proj_size=proj_size)
-        packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(6, 3, 5), [6, 4, 1])
-        expected, (h_n, c_n) = stock(packed)
-        hx = torch.zeros_like(h_n), torch.zeros_like(c_n)
-        output, states = cx.reference.lstm(
-            packed.data,
-            hx,
-            list(stock.parameters()),
-            num_layers=2,
-            bidirectional=True,
-            proj_size=proj_size,
-            batch_sizes=packed.batch_sizes,
-        )
-        torch.testing.assert_close(output, expected.data)
-        torch.testing.assert_close(states, (h_n, c_n))
-
-
-@pytest.mark.pure
-def test_lstm_cell():
-    stock = torch.nn.LSTMCell(5, 6)
-    x, h, c = torch.randn(3, 5), torch.randn(3, 6), torch.randn(3, 6)
-    torch.testing.assert_close(cx.reference.lstm_cell(x, (h, c), *stock.parameters()), stock(x, (h, c)))
 
 
 def test_no_import_of_ours():

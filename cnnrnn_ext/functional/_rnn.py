@@ -192,7 +192,7 @@ def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
     """
     check_tensor("input", input)
     given = input, states, flat_weights
-    input, states, flat_weights, options = _autocast(input, states, flat_weights, options)
+    input, states, flat_weights, options, dtype = _autocast(cell, input, states, flat_weights, options)
     check_sequence(cell, input, states, flat_weights, options)
     entry = _narrow_entry(narrow, *given, options)
     uncovered, note = _uncovered(cell, input.device.type, options), None
@@ -203,8 +203,7 @@ def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
         # No narrow operator: the cells of every step come from the one for training.
         flat_weights, entry = _widened(flat_weights, entry.copies, input.dtype), None
     if not compiled:
-        return sequence(cell, input, states, flat_weights, options)
-    dtype = input.dtype
+        return _in_dtype(sequence(cell, input, states, flat_weights, options), input.dtype, dtype)
     if runs_in_float32(input):
         input, *rest = (t.float() for t in (input, *(states or ()), *flat_weights))
         states, flat_weights = _split(rest, states)
@@ -219,13 +218,16 @@ def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
         narrow = entry and entry.operands[rows.start // options.directions]
         return _run_operator(cell, x, states, weights[rows], steps, options.return_all, narrow)
 
-    results = run_layers(layer, x, states, options)
-    if dtype != x.dtype:
-        output, finals, everything = results
-        finals = tuple(s.to(dtype) for s in finals)
-        everything = everything and tuple(s.to(dtype) for s in everything)
-        results = output.to(dtype), finals, everything
-    return arrange(cell, *results, options)
+    return _in_dtype(arrange(cell, *run_layers(layer, x, states, options), options), x.dtype, dtype)
+
+
+def _in_dtype(results, computed, dtype):
+    """The results, nested as they are, in the dtype that is wanted."""
+    if computed == dtype:
+        return results
+    if isinstance(results, torch.Tensor):
+        return results.to(dtype)
+    return tuple(_in_dtype(part, computed, dtype) for part in results)
 
 
 def _split(tensors, states):
@@ -252,15 +254,25 @@ def _widened(flat_weights, copies, dtype):
     return weights
 
 
-def _autocast(input, states, flat_weights, options):
+def _autocast(cell, input, states, flat_weights, options):
+    """The operands under autocast, and the dtype of the results, both as in torch's own layers.
+
+    Those run an LSTM as one call in the autocast dtype. Of a GRU on the CPU they autocast the products alone,
+    and a state that mixes with its old value stays in the old one's dtype: here all of it is in float32.
+    """
     dtype = autocast_dtype(input.device)
     if dtype is None:
-        return input, states, flat_weights, options
+        return input, states, flat_weights, options, input.dtype
+    result = dtype
+    if cell == "gru" and input.device.type == "cpu":
+        dtype, result = torch.float32, (input if states is None else states[0]).dtype
+    if input.dtype == torch.float64:
+        result = torch.float64
     input, *rest = cast(dtype, input, *(states or ()), *flat_weights)
     states, flat_weights = _split(rest, states)
     if options.layer_norm is not None:
         options = options._replace(layer_norm=cast(dtype, *options.layer_norm))
-    return input, states, flat_weights, options
+    return input, states, flat_weights, options, result
 
 
 def _uncovered(cell, device, options):

@@ -10,7 +10,8 @@
 
 namespace {
 
-#if defined(__AVX512F__)
+// CNNRNN_EMULATE_512: the kernels of 512 bits in narrower instructions, to test them on any machine.
+#if defined(__AVX512F__) || defined(CNNRNN_EMULATE_512)
 constexpr int kVectorBytes = 64;
 constexpr int kVectorRegisters = 32;
 #elif defined(__AVX2__)
@@ -129,7 +130,8 @@ CNNRNN_INLINE V vmin(V a, V b) {
   return a < b ? a : b;
 }
 // Compilers make a comparison and a blend of the lines above, not the one instruction that does the same.
-#if defined(__AVX512F__)
+#if defined(CNNRNN_EMULATE_512)
+#elif defined(__AVX512F__)
 CNNRNN_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
 CNNRNN_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 #elif defined(__AVX2__)

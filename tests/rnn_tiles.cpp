@@ -1,0 +1,378 @@
+// Every recurrent CPU kernel against plain loops, at all tile heights and partial panels.
+//
+// test_rnn_tiles.py compiles it with the kernels' own source for 512-bit vectors in narrower instructions
+// (CNNRNN_EMULATE_512). Every buffer ends where a page without access begins: an element too many is a crash.
+// Prints what differs; exits with 1 if anything does.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#define CNNRNN_ISA tested
+#include "rnn_kernels.h"
+
+using cnnrnn::CellKernels;
+using cnnrnn::Product;
+using cnnrnn::RnnBackwardStep;
+using cnnrnn::RnnForwardStep;
+using cnnrnn::RnnKernels;
+using cnnrnn::StateRows;
+
+static uint64_t seed = 1;
+static double uniform() {  // in [-1, 1)
+  seed = seed * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<double>(seed >> 11) / static_cast<double>(1ull << 52) - 1;
+}
+
+template <typename T>
+struct BeforeAPage {
+  using value_type = T;
+  BeforeAPage() = default;
+  template <typename U>
+  BeforeAPage(const BeforeAPage<U>&) {}
+  static size_t page() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+  static size_t whole(size_t n) { return (n * sizeof(T) + page() - 1) / page() * page(); }
+  T* allocate(size_t n) {
+    void* pages =
+        mmap(nullptr, whole(n) + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) std::abort();
+    char* end = static_cast<char*>(pages) + whole(n);
+    if (mprotect(end, page(), PROT_NONE)) std::abort();
+    return reinterpret_cast<T*>(end - n * sizeof(T));
+  }
+  void deallocate(T* p, size_t n) { munmap(reinterpret_cast<char*>(p + n) - whole(n), whole(n) + page()); }
+  friend bool operator==(const BeforeAPage&, const BeforeAPage&) { return true; }
+  friend bool operator!=(const BeforeAPage&, const BeforeAPage&) { return false; }
+};
+template <typename T>
+using Buffer = std::vector<T, BeforeAPage<T>>;
+
+template <typename T>
+Buffer<T> random(int64_t count, double scale = 1) {
+  Buffer<T> values(count);
+  for (T& v : values) v = static_cast<T>(scale * uniform());
+  return values;
+}
+static Buffer<uint8_t> flags(int64_t count) {
+  Buffer<uint8_t> values(count);
+  for (uint8_t& v : values) v = uniform() < -0.3;
+  return values;
+}
+
+static int64_t checks = 0, failures = 0;
+template <typename T>
+void check(const char* what, int cell, int64_t rows, int64_t hidden, T got, double wanted, double scale = 1) {
+  const double limit = (sizeof(T) == 4 ? 2e-5 : 1e-12) * std::max(scale, std::abs(wanted));
+  ++checks;
+  if (std::abs(static_cast<double>(got) - wanted) <= limit) return;
+  if (++failures <= 20)
+    std::printf("%s, %zu-byte elements, cell %d, %ld rows, %ld units: %g, expected %g\n", what, sizeof(T),
+                cell, static_cast<long>(rows), static_cast<long>(hidden), static_cast<double>(got), wanted);
+}
+
+static double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// States with strides of their own, of which the first `carried` rows come from `before`.
+template <typename T>
+struct States {
+  int64_t rows, hidden, carried;
+  Buffer<T> before, initial, zeros;
+  Buffer<uint8_t> reset;
+
+  States(int64_t rows, int64_t hidden, int64_t carried, bool resets)
+      : rows(rows),
+        hidden(hidden),
+        carried(carried),
+        before(random<T>(carried * (hidden + 3))),
+        initial(random<T>(rows * hidden)),
+        zeros(hidden),
+        reset(flags(resets ? std::max<int64_t>(rows - 1, 0) : 0)) {}
+  StateRows<T> view() const {
+    StateRows<T> s{};
+    s.before = before.data(), s.before_stride = hidden + 3, s.carried = carried;
+    s.initial = initial.data(), s.initial_stride = hidden;
+    s.reset = reset.empty() ? nullptr : reset.data(), s.flagged = static_cast<int64_t>(reset.size());
+    s.zeros = zeros.data();
+    return s;
+  }
+  bool is_reset(int64_t row) const { return row < static_cast<int64_t>(reset.size()) && reset[row]; }
+  double at(int64_t row, int64_t unit) const {
+    if (is_reset(row)) return 0;
+    return row < carried ? before[row * (hidden + 3) + unit] : initial[row * hidden + unit];
+  }
+};
+
+struct Gates {  // activated, and the new states
+  double kept[4], c, h;
+};
+
+static Gates step_of(int cell, const double* a, double h, double c) {
+  Gates y{};
+  if (cell == cnnrnn::kLstm) {
+    const double i = sigmoid(a[0]), f = sigmoid(a[1]), g = std::tanh(a[2]), o = sigmoid(a[3]);
+    const double c_1 = f * c + i * g;
+    return {{i, f, g, o}, c_1, o * std::tanh(c_1)};
+  }
+  if (cell == cnnrnn::kGru) {
+    const double r = sigmoid(a[0]), z = sigmoid(a[1]), n = std::tanh(a[2] + r * a[3]);
+    return {{r, z, n, a[3]}, 0, (1 - z) * n + z * h};
+  }
+  y.h = cell == cnnrnn::kRnnTanh ? std::tanh(a[0]) : std::max(a[0], 0.0);
+  return y;
+}
+
+// Which of the parts of the pre-activations gate g of the input, or of the state, belongs to.
+static int input_part(int, int gate) { return gate; }
+static int state_part(int cell, int gate) { return cell == cnnrnn::kGru && gate == 2 ? 3 : gate; }
+
+enum class How { kFused, kProjected, kDirect, kDirectProjected, kBf16, kInt8 };
+
+template <typename T>
+void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t I, How how, bool bias,
+             bool keep, bool resets) {
+  const int64_t G = k.gates, P = k.parts, K = k.kept, panels = ceil_div(H, k.panel_units);
+  const Buffer<T> x = random<T>(rows * (I + 2));
+  Buffer<T> w = random<T>(G * H * I), r = random<T>(G * H * H, 0.7);
+  const Buffer<T> b_ih = random<T>(G * H), b_hh = random<T>(G * H);
+  const Buffer<T> s_ih = random<T>(G * H), s_hh = random<T>(G * H);
+  const States<T> h(rows, H, rows - rows / 3, resets), c(rows, H, rows - rows / 3, resets);
+  States<T> c_same = c;
+  c_same.reset = h.reset;
+  Buffer<T> projection(rows * (G * H + 1)), kept(keep ? rows * (K * H + 2) : 0);
+  Buffer<T> c_out(k.has_c ? rows * H : 0), h_out(rows * (H + 1));
+  Buffer<T> packed_w(panels * k.panel_units * G * I), packed_r(panels * k.panel_units * G * H);
+  Buffer<T> packed_bias(panels * P * k.panel_units);
+  k.pack_gates(w.data(), H, I, 0, panels, packed_w.data());
+  k.pack_gates(r.data(), H, H, 0, panels / 2, packed_r.data());
+  k.pack_gates(r.data(), H, H, panels / 2, panels, packed_r.data());
+  k.pack_bias(b_ih.data(), b_hh.data(), H, packed_bias.data());
+
+  RnnForwardStep<T> s{};
+  s.rows = rows, s.hidden = H, s.input = I, s.downward = rows % 2;
+  s.x = x.data(), s.x_stride = I + 2;
+  s.w = packed_w.data(), s.r = packed_r.data();
+  if (bias) s.bias = packed_bias.data(), s.bias_ih = b_ih.data(), s.bias_hh = b_hh.data();
+  s.h = h.view(), s.c = c_same.view();
+  s.projection = projection.data(), s.projection_stride = G * H + 1;
+  if (keep && K) s.kept = kept.data(), s.kept_stride = K * H + 2;
+  s.c_out = c_out.data(), s.c_out_stride = H;
+  s.h_out = h_out.data(), s.h_out_stride = H + 1;
+
+  const int64_t tasks = panels * ceil_div(rows, k.tile_rows);
+  const bool direct = how != How::kFused && how != How::kProjected;
+  if (how == How::kProjected || how == How::kDirectProjected) {
+    k.project(s, 0, tasks / 2), k.project(s, tasks / 2, tasks);
+    s.projected = true, s.x = nullptr, s.w = nullptr;
+  }
+  Buffer<uint16_t> half_w, half_r;
+  Buffer<int8_t> byte_w, byte_r;
+  auto kernel = direct ? k.forward_direct : k.forward;
+  if (how == How::kBf16) {
+    const auto narrow = [](Buffer<T>& from, Buffer<uint16_t>& to) {
+      for (T& v : from) {
+        const float wide = static_cast<float>(v);
+        uint32_t bits = __builtin_bit_cast(uint32_t, wide) & 0xffff0000u;
+        to.push_back(static_cast<uint16_t>(bits >> 16));
+        v = static_cast<T>(__builtin_bit_cast(float, bits));
+      }
+    };
+    narrow(w, half_w), narrow(r, half_r);
+    kernel = k.forward_bf16, s.w = half_w.data(), s.r = half_r.data();
+  } else if (how == How::kInt8) {
+    const auto narrow = [&](Buffer<T>& from, Buffer<int8_t>& to, const Buffer<T>& scale, int64_t depth) {
+      for (size_t i = 0; i < from.size(); ++i) {
+        to.push_back(static_cast<int8_t>(std::lround(127 * from[i])));
+        from[i] = scale[i / depth] * to.back();
+      }
+    };
+    narrow(w, byte_w, s_ih, I), narrow(r, byte_r, s_hh, H);
+    kernel = k.forward_int8, s.w = byte_w.data(), s.r = byte_r.data();
+    s.scale_ih = s_ih.data(), s.scale_hh = s_hh.data();
+  } else if (direct) {
+    if (!s.projected) s.w = w.data();
+    s.r = r.data();
+  }
+  const int64_t work = direct ? panels : tasks;
+  kernel(s, 0, work / 2), kernel(s, work / 2, work);
+
+  // int8 weights reach 127 times their scale: saturated gates, and a ReLU of large values.
+  const double scale = how == How::kInt8 ? 500 * static_cast<double>(I + H) : static_cast<double>(I + H);
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t u = 0; u < H; ++u) {
+      double a[4] = {};
+      for (int g = 0; g < G; ++g) {
+        const int64_t row = g * H + u;
+        double from_x = bias ? b_ih[row] : 0, from_h = bias ? b_hh[row] : 0;
+        for (int64_t i = 0; i < I; ++i) from_x += static_cast<double>(w[row * I + i]) * x[n * (I + 2) + i];
+        for (int64_t i = 0; i < H; ++i) from_h += static_cast<double>(r[row * H + i]) * h.at(n, i);
+        a[input_part(cell, g)] += from_x, a[state_part(cell, g)] += from_h;
+      }
+      const Gates y = step_of(cell, a, h.at(n, u), c_same.at(n, u));
+      const double error = cell == cnnrnn::kRnnRelu || how == How::kInt8 ? scale : 1;
+      check("h", cell, rows, H, h_out[n * (H + 1) + u], y.h, error);
+      if (k.has_c) check("c", cell, rows, H, c_out[n * H + u], y.c, error);
+      for (int64_t v = 0; keep && v < K; ++v)
+        check("kept", cell, rows, H, kept[n * (K * H + 2) + v * H + u], y.kept[v],
+              cell == cnnrnn::kGru ? scale : error);
+    }
+}
+
+template <typename T>
+void backward(const RnnKernels<T>& shared, const CellKernels<T>& k, int cell, int64_t rows, int64_t H,
+              int64_t continued, bool next, bool upstream, bool resets) {
+  const int64_t G = k.gates, P = k.parts, K = k.kept, wide = 4 * shared.lanes, panels = ceil_div(H, wide);
+  const Buffer<T> r = random<T>(G * H * H), d_next = random<T>(continued * (P * H + 2));
+  const Buffer<T> dh_1 = random<T>(rows * (H + 1)), dh_n = random<T>(rows * H);
+  const Buffer<T> dc_1 = random<T>(rows * (H + 2)), zeros(P * H);
+  Buffer<T> carry = random<T>(rows * H), kept = random<T>(rows * K * H);
+  for (T& v : kept) v = std::abs(v);
+  const Buffer<T> h_now = random<T>(rows * (H + 1)), c_now = random<T>(rows * (H + 1));
+  const Buffer<uint8_t> next_reset = flags(resets ? continued : 0);
+  const States<T> h(rows, H, rows - rows / 3, resets);
+  States<T> c(rows, H, rows - rows / 3, resets);
+  c.reset = h.reset;
+  Buffer<T> packed(panels * G * H * wide);
+  shared.pack_columns(r.data(), H, G * H, H, 0, panels, packed.data());
+
+  RnnBackwardStep<T> s{};
+  s.rows = rows, s.hidden = H, s.downward = rows % 2;
+  if (next && continued) s.d_next = d_next.data();
+  s.d_stride = P * H + 2, s.continued = next ? continued : 0;
+  if (!next_reset.empty()) s.next_reset = next_reset.data(), s.next_flagged = continued;
+  s.zeros = zeros.data(), s.r = packed.data();
+  if (upstream) s.dh_1 = dh_1.data(), s.dh_1_stride = H + 1;
+  if (upstream) s.dc_1 = dc_1.data(), s.dc_1_stride = H + 2;
+  if (upstream) s.dh_n = dh_n.data(), s.dh_n_stride = H;
+  const Buffer<T> carried = carry;
+  s.carry = carry.data(), s.carry_stride = H;
+  s.kept = kept.data(), s.kept_stride = K * H;
+  s.h_now = h_now.data(), s.h_now_stride = H + 1, s.c_now = c_now.data(), s.c_now_stride = H + 1;
+  s.h = h.view(), s.c = c.view();
+
+  Buffer<T> d_rows(rows * (P * H + 2));
+  s.d = d_rows.data();
+  const int64_t tasks = panels * ceil_div(rows, shared.tile_rows);
+  k.backward(s, 0, tasks / 2), k.backward(s, tasks / 2, tasks);
+
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t u = 0; u < H; ++u) {
+      double dh = 0;
+      const bool reaches = s.d_next && n < continued && !(n < s.next_flagged && s.next_reset[n]);
+      for (int g = 0; reaches && g < G; ++g)
+        for (int64_t j = 0; j < H; ++j)
+          dh += static_cast<double>(d_next[n * (P * H + 2) + state_part(cell, g) * H + j]) *
+                r[(g * H + j) * H + u];
+      if (upstream) dh += dh_1[n * (H + 1) + u];
+      if (upstream && n >= s.continued) dh += dh_n[n * H + u];
+      const auto value = [&](int i) { return static_cast<double>(kept[(n * K + i) * H + u]); };
+      const double hn = h_now[n * (H + 1) + u], cn = c_now[n * (H + 1) + u], held = carried[n * H + u];
+      double wanted[4] = {}, passed = 0;
+      if (cell == cnnrnn::kLstm) {
+        const double i = value(0), f = value(1), g = value(2), o = value(3), t = std::tanh(cn);
+        const double dc = held + (upstream ? dc_1[n * (H + 2) + u] : 0) + dh * o * (1 - t * t);
+        wanted[0] = dc * g * i * (1 - i), wanted[1] = dc * c.at(n, u) * f * (1 - f);
+        wanted[2] = dc * i * (1 - g * g), wanted[3] = dh * t * o * (1 - o);
+        passed = dc * f;
+      } else if (cell == cnnrnn::kGru) {
+        const double r_ = value(0), z = value(1), g = value(2), n_h = value(3);
+        dh += held;
+        wanted[2] = dh * (1 - z) * (1 - g * g), wanted[3] = wanted[2] * r_;
+        wanted[0] = wanted[2] * n_h * r_ * (1 - r_), wanted[1] = dh * (h.at(n, u) - g) * z * (1 - z);
+        passed = dh * z;
+      } else {
+        wanted[0] = cell == cnnrnn::kRnnTanh ? dh * (1 - hn * hn) : hn > 0 ? dh : 0;
+      }
+      const double scale = static_cast<double>(G * H);
+      for (int64_t p = 0; p < P; ++p)
+        check("d", cell, rows, H, d_rows[n * (P * H + 2) + p * H + u], wanted[p], scale);
+      if (k.has_carry) check("carry", cell, rows, H, carry[n * H + u], h.is_reset(n) ? 0 : passed, scale);
+    }
+}
+
+template <typename T>
+void products(const RnnKernels<T>& k, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+  const int64_t wide = 4 * k.lanes, panels = ceil_div(columns, wide);
+  const Buffer<T> a = random<T>(rows * (depth + 1)), a_t = random<T>(depth * (rows + 1));
+  const Buffer<T> b = random<T>(depth * (columns + 2));
+  Buffer<T> packed(panels * depth * wide), scratch(k.product_scratch), sums(rows);
+  const Buffer<T> start = random<T>(rows * (columns + 1));
+  Buffer<T> c = start;
+  k.pack_columns(b.data(), columns + 2, depth, columns, 0, panels, packed.data());
+  Product<T> p{};
+  p.rows = rows, p.columns = columns, p.depth = depth, p.accumulate = accumulate;
+  p.a = a.data(), p.a_row = depth + 1, p.a_depth = 1;
+  p.b = packed.data(), p.c = c.data(), p.c_stride = columns + 1;
+  int64_t tasks = panels * ceil_div(rows, k.tile_rows);
+  k.multiply(p, 0, tasks / 3), k.multiply(p, tasks / 3, tasks);
+  const auto expect = [&](const char* what, const Buffer<T>& left, int64_t row, int64_t step) {
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t j = 0; j < columns; ++j) {
+        double sum = accumulate ? start[m * (columns + 1) + j] : 0;
+        for (int64_t i = 0; i < depth; ++i)
+          sum += static_cast<double>(left[m * row + i * step]) * b[i * (columns + 2) + j];
+        check(what, -1, rows, columns, c[m * (columns + 1) + j], sum, static_cast<double>(depth));
+      }
+  };
+  expect("product", a, depth + 1, 1);
+  c = start;
+  p.a = a_t.data(), p.a_row = 1, p.a_depth = rows + 1;
+  p.b = b.data(), p.b_stride = columns + 2;
+  tasks = panels * ceil_div(rows, k.row_block);
+  k.multiply_unpacked(p, 0, tasks / 3, scratch.data());
+  k.multiply_unpacked(p, tasks / 3, tasks, scratch.data());
+  expect("unpacked product", a_t, 1, rows + 1);
+  k.sum_rows(a_t.data(), rows + 1, depth, 0, rows / 2, sums.data());
+  k.sum_rows(a_t.data(), rows + 1, depth, rows / 2, rows, sums.data());
+  for (int64_t m = 0; m < rows; ++m) {
+    double sum = 0;
+    for (int64_t i = 0; i < depth; ++i) sum += a_t[i * (rows + 1) + m];
+    check("sum", -1, rows, 1, sums[m], sum, static_cast<double>(depth));
+  }
+}
+
+template <typename T>
+void all(const RnnKernels<T>& k) {
+  for (int cell = 0; cell < cnnrnn::kCells; ++cell) {
+    const CellKernels<T>& one = k.cells[cell];
+    // Each height of a tile, two tiles of unequal height, and panels that are whole, partial, or one unit.
+    for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13})
+      for (int64_t H : {one.panel_units - 1, one.panel_units, one.panel_units + 1, 1}) {
+        const bool odd = (rows + H) % 2;
+        forward(one, cell, rows, H, 5, How::kFused, true, true, odd);
+        forward(one, cell, rows, H, 19, How::kProjected, odd, !odd, !odd);
+        if (rows > 5) continue;
+        forward(one, cell, rows, H, k.lanes + 3, How::kDirect, !odd, true, odd);
+        forward(one, cell, rows, H, 7, How::kDirectProjected, true, odd, !odd);
+        if constexpr (sizeof(T) == 4) {
+          forward(one, cell, rows, H, k.lanes + 1, How::kBf16, true, false, odd);
+          forward(one, cell, rows, H, k.lanes + 5, How::kInt8, odd, false, !odd);
+        }
+      }
+    // A long product, in several blocks.
+    forward(one, cell, 3, 5, 517, How::kFused, true, true, false);
+    for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13})
+      for (int64_t H : {4 * k.lanes - 1, 4 * k.lanes, 4 * k.lanes + 1, 3}) {
+        const bool odd = (rows + H) % 2;
+        backward(k, one, cell, rows, H, rows, true, true, odd);
+        backward(k, one, cell, rows, H, rows - rows / 2, true, odd, !odd);
+        backward(k, one, cell, rows, H, 0, false, true, odd);
+      }
+  }
+  for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 11, 50, 100})
+    for (int64_t columns : {1, 4 * k.lanes, 4 * k.lanes + 3})
+      for (int64_t depth : {0, 1, 9, 300}) products(k, rows, columns, depth, (rows + depth) % 2);
+}
+
+int main() {
+  all(cnnrnn::rnn_tested.f32);
+  all(cnnrnn::rnn_tested.f64);
+  std::printf("%d-byte vectors, %ld checks, %ld failures\n", kVectorBytes, static_cast<long>(checks),
+              static_cast<long>(failures));
+  return failures > 0;
+}
