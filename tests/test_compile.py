@@ -1,8 +1,12 @@
 """torch.compile without graph breaks, forward and backward, and torch.export."""
 
+import io
+
 import pytest
 import torch
 from _oracle import compiled_missing
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx
 
 import cnnrnn_ext as cx
@@ -77,11 +81,15 @@ def test_dynamic_batch_does_not_recompile():
     [
         (lambda: cx.LSTM(5, 6, num_layers=2, bidirectional=True, batch_first=True), (3, 4, 5)),
         (lambda: cx.LSTM(5, 6, proj_size=3), (4, 3, 5)),
+        (lambda: cx.GRU(5, 6, num_layers=2, bidirectional=True, batch_first=True), (3, 4, 5)),
+        (lambda: cx.RNN(5, 6, nonlinearity="relu"), (4, 3, 5)),
         (lambda: cx.LSTMCell(5, 6), (3, 5)),
+        (lambda: cx.GRUCell(5, 6), (3, 5)),
+        (lambda: cx.RNNCell(5, 6), (3, 5)),
         (lambda: cx.ConvPool2d(2, 3, 3, padding="same", pool_size=3, pool_stride=2), (2, 2, 9, 9)),
         (lambda: cx.ConvPool1d(2, 3, 3), (2, 2, 9)),
     ],
-    ids=["lstm", "lstm proj", "cell", "conv2d", "conv1d"],
+    ids=["lstm", "lstm proj", "gru", "rnn", "lstm cell", "gru cell", "rnn cell", "conv2d", "conv1d"],
 )
 def test_module_full_graph(make, shape):
     module = make()
@@ -121,6 +129,132 @@ def test_export_with_dynamic_batch():
         torch.testing.assert_close(result[name], y)
     if compiled_missing() is None:
         assert any("cnnrnn_ext" in str(node.target) for node in program.graph.nodes)
+
+
+# ---- recurrent layers ----
+
+
+class Sequences(torch.nn.Module):
+    """Two recurrent layers of different kinds and a head, over padded input."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first(5, 6, bidirectional=True), second(12, 4)
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, x, lengths=None, reset=None):
+        y, _ = self.first(x, lengths=lengths, reset=reset)
+        y, state = self.second(torch.tanh(y), lengths=lengths, reset=reset)
+        return self.head(y), state[0] if isinstance(state, tuple) else state
+
+
+class Counting:
+    """A backend of torch.compile that keeps the graphs, forward and backward, that it is given."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        def keep(part, _):
+            self.graphs.append(part)
+            return make_boxed_func(part.forward)
+
+        return aot_autograd(fw_compiler=keep, bw_compiler=keep)(graph, inputs)
+
+    def sizes(self):
+        return [len(graph.graph.nodes) for graph in self.graphs]
+
+    def operators(self):
+        nodes = [node for graph in self.graphs for node in graph.graph.nodes]
+        return [str(node.target) for node in nodes if "cnnrnn_ext" in str(node.target)]
+
+
+def run_with_gradients(function, module, *inputs):
+    module.zero_grad()
+    outputs = function(*inputs)
+    sum((y**2).sum() for y in outputs).backward()
+    return [*(y.detach() for y in outputs), *(p.grad.clone() for p in module.parameters())]
+
+
+LAYERS = {
+    "lstm and gru": (cx.LSTM, cx.GRU),
+    "gru and lstm": (cx.GRU, cx.LSTM),
+    "rnn and gru": (cx.RNN, cx.GRU),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("given", ["padded", "lengths and reset"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_graphs_do_not_grow_with_time(layers, given):
+    """One operator a layer, forward and backward: 400 steps make the graphs of 4, in one piece."""
+    model, sizes = Sequences(*LAYERS[layers]), []
+    for steps in (4, 400):
+        torch.compiler.reset()
+        counting, x = Counting(), torch.randn(steps, 3, 5)
+        more = [torch.tensor([steps, 1, steps // 2]), torch.rand(steps, 3) < 0.2] if given != "padded" else []
+        compiled = torch.compile(model, fullgraph=True, backend=counting, dynamic=False)
+        expected = run_with_gradients(model, model, x, *more)
+        for a, b in zip(run_with_gradients(compiled, model, x, *more), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert len(counting.graphs) == 2  # forward and backward
+        if compiled_missing() is None:
+            names = [name.removesuffix(".default").rpartition(".")[2] for name in counting.operators()]
+            assert sorted(names) == ["rnn_backward"] * 2 + ["rnn_train"] * 2
+            sizes.append(counting.sizes())
+    assert sizes[1:] == sizes[:1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", LAYERS)
+def test_dynamic_time_and_batch_do_not_recompile(layers):
+    model = Sequences(*LAYERS[layers])
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
+    for steps, batch in ((7, 3), (9, 4), (40, 11)):
+        x, lengths = torch.randn(steps, batch, 5), torch.randint(1, steps + 1, (batch,))
+        expected = run_with_gradients(model, model, x, lengths)
+        for a, b in zip(run_with_gradients(compiled, model, x, lengths), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        compilations.append(counter.frame_count)
+    assert compilations[0] > 0
+    assert compilations[1:] == compilations[:1] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inductor_runs_recurrent_layers():
+    model, x = Sequences(cx.LSTM, cx.GRU), torch.randn(6, 3, 5)
+    lengths, reset = torch.tensor([6, 2, 0]), torch.rand(6, 3) < 0.3
+    expected = run_with_gradients(model, model, x, lengths, reset)
+    compiled = torch.compile(model, fullgraph=True)
+    for a, b in zip(run_with_gradients(compiled, model, x, lengths, reset), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", LAYERS)
+def test_export_of_recurrent_layers(layers):
+    """Dynamic in time and batch, with lengths; our operators stand in the program, which can be saved."""
+    model = Sequences(*LAYERS[layers]).eval()
+    steps, batch = torch.export.Dim("steps", min=2, max=4096), torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        program = torch.export.export(
+            model,
+            (torch.randn(6, 3, 5), torch.tensor([6, 2, 3])),
+            dynamic_shapes=({0: steps, 1: batch}, {0: batch}),
+            strict=False,
+        )
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        x, lengths = torch.randn(50, 7, 5), torch.randint(0, 51, (7,))
+        expected = model(x, lengths)
+        for loaded in (program, torch.export.load(file)):
+            for a, b in zip(loaded.module()(x, lengths), expected, strict=True):
+                torch.testing.assert_close(a, b)
+    if compiled_missing() is None:
+        assert sum("cnnrnn_ext.rnn" in str(node.target) for node in program.graph.nodes) == 2
 
 
 def test_forward_mode_derivatives_run_on_the_reference():
