@@ -75,7 +75,9 @@ CNNRNN_INLINE void storeu(T* p, Vec<T> v) {
 // of.
 template <typename V>
 CNNRNN_INLINE V in_register(V v) {
-#if defined(__AVX512F__)
+#if defined(CNNRNN_EMULATE_512)
+  // Such a vector has no register.
+#elif defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__x86_64__)
   asm("" : "+x"(v));
@@ -176,7 +178,7 @@ CNNRNN_INLINE Vec<T> every_other(Vec<T> a, Vec<T> b) {
 CNNRNN_INLINE vf load_int8(const int8_t* p) {
 #if defined(__AVX512F__)
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(CNNRNN_EMULATE_512)
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #else
   vf v{};
