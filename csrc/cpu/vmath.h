@@ -13,18 +13,7 @@ typedef uint32_t vu __attribute__((vector_size(kVectorBytes)));
 // The constants as whole vectors in memory, which arithmetic takes as operands: a compiler that knows their
 // values broadcasts each into a register anew at every use, and has too few registers to keep them.
 enum Constant {
-  kOne,
-  kTwo,
-  kRounding,
-  kLog2e,
-  kLow,
-  kHigh,
-  kTwoLog2e,
-  kTwoLog2eLow,
-  kTen,
-  kMinusTen,
-  kQ0,
-  kConstants = kQ0 + 6
+  kOne, kTwo, kRounding, kLog2e, kLn2High, kLn2Low, kLow, kHigh, kTwenty, kMinusTwenty, kQ0, kConstants = kQ0 + 6
 };
 
 struct ConstantTable {
@@ -34,9 +23,11 @@ struct ConstantTable {
 constexpr ConstantTable constant_table() {
   const float values[kConstants] = {
       1.0f, 2.0f, 12582912.0f,  // 1.5 * 2^23
-      -1.44269504f, -126.0f, 128.0f, 2.88539008f, 2 * 1.9259629e-8f, 10.0f, -10.0f,
-      // (2^f - 1) / f, minimax on |f| <= 1/2: relative error 1.3e-8
-      0.0001546973f, 0.0013390867f, 0.009618031f, 0.05550357f, 0.24022651f, 0.69314718f};
+      1.44269504f,
+      // ln 2 in two parts; the first has few enough bits for its products with whole numbers to be exact.
+      0.693359375f, -2.12194440e-4f, -87.3f, 89.0f, 20.0f, -20.0f,
+      // (e^r - 1) / r, minimax on |r| <= ln 2 / 2: relative error 1.3e-8
+      0.0013948579f, 0.00836915076f, 0.0416662417f, 0.166665049f, 0.500000006f, 1.0f};
   ConstantTable table{};
   for (int i = 0; i < kConstants; ++i)
     for (int l = 0; l < kLanes; ++l) table.v[i][l] = values[i];
@@ -51,40 +42,35 @@ CNNRNN_INLINE vf constant(Constant which) {
   return *reinterpret_cast<const vf*>(table->v[which]);
 }
 
-// 2^t = scale * (1 + p), for t = n + f: n the nearest whole number, |f| <= 1/2; -126 <= t <= 128. scale is a
-// power of two, inf at the upper end.
-struct Exp2Parts {
+// e^x = scale * (1 + p) for -87.3 <= x <= 89: scale is a power of two, inf at the upper end; p keeps small x exact.
+struct ExpParts {
   vf scale, p;
 };
 
-// shifted = t + 1.5 * 2^23, which rounds t to n and leaves n in the low bits.
-CNNRNN_INLINE Exp2Parts exp2_parts(vf shifted, vf f) {
+CNNRNN_INLINE ExpParts exp_parts(vf x) {
+  // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
+  const vf shifted = x * constant(kLog2e) + constant(kRounding);
+  const vf n = shifted - constant(kRounding);
+  const vf r = (x - n * constant(kLn2High)) - n * constant(kLn2Low);
   vf q = constant(kQ0);
 #pragma GCC unroll 5
-  for (int i = 1; i < 6; ++i) q = q * f + constant(static_cast<Constant>(kQ0 + i));
+  for (int i = 1; i < 6; ++i) q = q * r + constant(static_cast<Constant>(kQ0 + i));
   const vu bits = (reinterpret_cast<vu>(shifted) << 23) + reinterpret_cast<vu>(constant(kOne));
-  return {reinterpret_cast<vf>(bits), q * f};
+  return {reinterpret_cast<vf>(bits), q * r};
 }
 
 struct VectorMath {
-  // 1 / (1 + 2^t), t = -x log2 e
+  // 1 / (1 + e^-x)
   static CNNRNN_INLINE vf sigmoid(vf x) {
     // The clamped operand comes second, so NaN passes.
-    const vf t = vmax(constant(kLow), vmin(constant(kHigh), x * constant(kLog2e)));
-    const vf shifted = t + constant(kRounding);
-    const Exp2Parts e = exp2_parts(shifted, t - (shifted - constant(kRounding)));
+    const ExpParts e = exp_parts(vmax(constant(kLow), vmin(constant(kHigh), -x)));
     // Not scale + scale * p: where scale is inf and p < 0, that is NaN.
     return constant(kOne) / (constant(kOne) + e.scale * (constant(kOne) + e.p));
   }
 
-  // (2^t - 1) / (2^t + 1), t = 2 x log2 e; 2^t - 1 comes without cancellation, so small x stay exact.
+  // (e^2x - 1) / (e^2x + 1), where e^2x - 1 comes without cancellation.
   static CNNRNN_INLINE vf tanh(vf x) {
-    const vf y = vmax(constant(kMinusTen), vmin(constant(kTen), x));
-    const vf t = y * constant(kTwoLog2e);
-    // What the product and its factor lost in rounding.
-    const vf lost = (y * constant(kTwoLog2e) - t) + y * constant(kTwoLog2eLow);
-    const vf shifted = t + constant(kRounding);
-    const Exp2Parts e = exp2_parts(shifted, (t - (shifted - constant(kRounding))) + lost);
+    const ExpParts e = exp_parts(vmax(constant(kMinusTwenty), vmin(constant(kTwenty), x + x)));
     const vf minus_one = e.scale * e.p + (e.scale - constant(kOne));
     return minus_one / (minus_one + constant(kTwo));
   }
