@@ -13,7 +13,18 @@ typedef uint32_t vu __attribute__((vector_size(kVectorBytes)));
 // The constants as whole vectors in memory, which arithmetic takes as operands: a compiler that knows their
 // values broadcasts each into a register anew at every use, and has too few registers to keep them.
 enum Constant {
-  kOne, kTwo, kRounding, kLog2e, kLn2High, kLn2Low, kLow, kHigh, kTwenty, kMinusTwenty, kQ0, kConstants = kQ0 + 6
+  kOne,
+  kTwo,
+  kRounding,
+  kLog2e,
+  kLn2High,
+  kLn2Low,
+  kLow,
+  kHigh,
+  kTwenty,
+  kMinusTwenty,
+  kQ0,
+  kConstants = kQ0 + 6
 };
 
 struct ConstantTable {
@@ -42,7 +53,8 @@ CNNRNN_INLINE vf constant(Constant which) {
   return *reinterpret_cast<const vf*>(table->v[which]);
 }
 
-// e^x = scale * (1 + p) for -87.3 <= x <= 89: scale is a power of two, inf at the upper end; p keeps small x exact.
+// e^x = scale * (1 + p) for -87.3 <= x <= 89: scale is a power of two, inf at the upper end; p keeps small x
+// exact.
 struct ExpParts {
   vf scale, p;
 };
