@@ -170,7 +170,7 @@ class RnnBackward {
     x.a = d_ + d * layout.rows * d_stride(), x.a_row = d_stride(), x.a_depth = 1;
     x.b = w_at(d);
     x.c = out.x, x.c_stride = p.input, x.accumulate = d > 0;
-    const Share share(input_panels_ * ceil_div(x.rows, shared.tile_rows), worker, workers);
+    const Share share(input_panels_ * ceil_div(x.rows, shared.band_rows), worker, workers);
     shared.multiply(x, share.first, share.last);
   }
 
@@ -192,11 +192,11 @@ class RnnBackward {
       for (int64_t panel = share.first; panel < share.last; ++panel) {
         const int64_t wide = 4 * shared.lanes, column = panel * wide;
         Product<T> h{};
-        h.rows = N, h.columns = H - column, h.depth = gates * H;
+        h.rows = N, h.columns = std::min(H - column, wide), h.depth = gates * H;
         h.a_rows = rows.data(), h.a_depth = 1;
         h.b = r_at(d) + (panel * G + gate * H) * wide;
         h.c = out.h_0 + p.state_offset(d) + column, h.c_stride = H, h.accumulate = true;
-        shared.multiply(h, 0, ceil_div(N, shared.tile_rows));
+        shared.multiply(h, 0, ceil_div(N, shared.band_rows));
       }
     });
   }

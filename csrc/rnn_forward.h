@@ -15,11 +15,11 @@ class RnnForward {
     // Packing costs as much as the product of some rows.
     const bool few = layout.rows <= kDirectRows;
     direct_ = few || N <= kDirectBatch;
-    // x * W inside the scan's steps if the weights stay in cache from step to step, else as large products
-    // ahead of it: there a panel of W serves the rows of many steps.
+    // x * W inside the scan's steps if the weights stay in cache from step to step or many rows share what is
+    // read, else as large products ahead of it: there a panel of W serves the rows of many steps.
     const int64_t weight_bytes = D * packed(p.input + H) * static_cast<int64_t>(sizeof(T));
-    fused_ = few || (!direct_ &&
-                     (layout.steps == 1 || (N >= k.tile_rows && weight_bytes / workers_ <= kCachedBytes)));
+    const bool shared = N >= kFusedRows || (N >= k.tile_rows && weight_bytes / workers_ <= kCachedBytes);
+    fused_ = few || (!direct_ && (layout.steps == 1 || shared));
   }
 
   // Narrow weights are read as they come by the direct kernels alone.
@@ -48,6 +48,7 @@ class RnnForward {
  private:
   // So few rows in all, or in a step, that reading the weights as they come is faster than packing them.
   static constexpr int64_t kDirectRows = 16, kDirectBatch = 1;
+  static constexpr int64_t kFusedRows = 16;
 
   int64_t packed(int64_t depth) const { return panels_ * k.gates * k.panel_units * depth; }
 
@@ -95,7 +96,7 @@ class RnnForward {
         step.x = p.x + first * p.input, step.x_stride = p.input;
         step.w = w_ + d * packed(p.input);
         step.projection = projection_at(d, t), step.projection_stride = projection_stride();
-        const Share share(panels_ * ceil_div(step.rows, k.tile_rows), worker, workers_);
+        const Share share(panels_ * ceil_div(step.rows, k.band_rows), worker, workers_);
         k.project(step, share.first, share.last);
       }
     });

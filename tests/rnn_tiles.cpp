@@ -164,10 +164,10 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
   s.c_out = c_out.data(), s.c_out_stride = H;
   s.h_out = h_out.data(), s.h_out_stride = H + 1;
 
-  const int64_t tasks = panels * ceil_div(rows, k.tile_rows);
+  const int64_t tasks = panels * ceil_div(rows, k.tile_rows), bands = panels * ceil_div(rows, k.band_rows);
   const bool direct = how != How::kFused && how != How::kProjected;
   if (how == How::kProjected || how == How::kDirectProjected) {
-    k.project(s, 0, tasks / 2), k.project(s, tasks / 2, tasks);
+    k.project(s, 0, bands / 2), k.project(s, bands / 2, bands);
     s.projected = true, s.x = nullptr, s.w = nullptr;
   }
   Buffer<uint16_t> half_w, half_r;
@@ -308,7 +308,7 @@ void products(const RnnKernels<T>& k, int64_t rows, int64_t columns, int64_t dep
   p.rows = rows, p.columns = columns, p.depth = depth, p.accumulate = accumulate;
   p.a = a.data(), p.a_row = depth + 1, p.a_depth = 1;
   p.b = packed.data(), p.c = c.data(), p.c_stride = columns + 1;
-  int64_t tasks = panels * ceil_div(rows, k.tile_rows);
+  int64_t tasks = panels * ceil_div(rows, k.band_rows);
   k.multiply(p, 0, tasks / 3), k.multiply(p, tasks / 3, tasks);
   const auto expect = [&](const char* what, const Buffer<T>& left, int64_t row, int64_t step) {
     for (int64_t m = 0; m < rows; ++m)

@@ -100,11 +100,11 @@ struct CellKernels {
   int gates, parts, kept;
   int joint;  // the first gates, whose input and state parts are one; the others' state parts stand last
   bool has_c, has_carry;
-  int panel_units, tile_rows;
+  int panel_units, tile_rows, band_rows;
   // w [G * hidden][depth] to panels [first, last) of [panels][depth][vectors][lanes].
   void (*pack_gates)(const T* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out);
   void (*pack_bias)(const T* ih, const T* hh, int64_t hidden, T* out);
-  // projection = x * W, tasks of RnnForwardStep.
+  // projection = x * W. Tasks: bands of band_rows rows x panels.
   void (*project)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
   void (*forward)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
   // The same from weights as they come: for so few rows that packing would take longer. Tasks are panels,
@@ -119,12 +119,12 @@ enum Cell { kLstm, kGru, kRnnTanh, kRnnRelu, kCells };
 
 template <typename T>
 struct RnnKernels {
-  int lanes, tile_rows;
+  int lanes, tile_rows, band_rows;
   int64_t row_block;  // rows of one task of multiply_unpacked
   // b [depth][columns] row-major to panels [first, last) of [ceil(columns / (4 * lanes))][depth][4 * lanes].
   void (*pack_columns)(const T* b, int64_t stride, int64_t depth, int64_t columns, int64_t first,
                        int64_t last, T* out);
-  // b packed beforehand, a contiguous by row. Tasks: panels x tiles of rows.
+  // b packed beforehand, a contiguous by row. Tasks: bands of band_rows rows x panels.
   void (*multiply)(const Product<T>& product, int64_t first, int64_t last);
   // b row-major, a contiguous by column; `scratch` holds product_scratch elements, one for each thread.
   // Tasks: panels x blocks of row_block rows.

@@ -15,6 +15,7 @@ constexpr cnnrnn::CellKernels<T> cell_kernels() {
   k.gates = Cell::kGates, k.parts = Cell::kParts, k.kept = Cell::kKept, k.joint = Cell::kJoint;
   k.has_c = Cell::kHasC, k.has_carry = Cell::kHasCarry;
   k.panel_units = kPanelUnits<T, Cell>, k.tile_rows = kForwardRows<Cell>;
+  k.band_rows = kBandRows<kVectorsOf<Cell>>;
   k.pack_gates = pack_gates<T, Cell>, k.pack_bias = pack_bias<T, Cell>;
   k.project = project<T, Cell>, k.forward = forward_step<T, Cell>, k.backward = backward_step<T, Cell>;
   k.forward_direct = forward_direct<T, Cell>;
@@ -29,6 +30,7 @@ template <typename T>
 constexpr cnnrnn::RnnKernels<T> rnn_kernels() {
   return {kLanesOf<T>,
           kTileRows,
+          kBandRows<4>,
           kRowBlock,
           pack_columns<T>,
           multiply_packed<T>,

@@ -87,54 +87,60 @@ void pack_bias(const T* ih, const T* hh, int64_t hidden, T* out) {
     }
 }
 
-template <typename T, bool kByRow>
-struct ProductTile {
-  const T* a;
-  int64_t a_stride;
-  const T* const* a_rows;
-  const T* b;
-  int64_t depth;
+// Where a product goes: `columns` of them, beginning at c.
+template <typename T>
+struct ProductColumns {
   T* c;
-  int64_t c_stride, columns;
+  int64_t stride, columns;
   bool accumulate;
 
-  template <int Rows>
-  void run(int64_t row) const {
+  CNNRNN_INLINE void prefetch_row(int64_t row) const {
+    for (int v = 0; v < 4; ++v) prefetch_to_write(c + row * stride + v * kLanesOf<T>);
+  }
+  CNNRNN_INLINE void store(int64_t row, const Vec<T> (&sum)[4]) const {
     constexpr int L = kLanesOf<T>;
-    for (int r = 0; r < Rows; ++r)
-      for (int v = 0; v < 4; ++v) prefetch_to_write(c + (row + r) * c_stride + v * L);
-    Vec<T> acc[Rows][4];
-    if constexpr (kByRow) {
-      const T* from[Rows];
-      for (int r = 0; r < Rows; ++r) from[r] = a_rows ? a_rows[row + r] : a + (row + r) * a_stride;
-      product<T, Rows, 4, Into::kSet>(acc, from, b, depth);
-    } else {
-      multiply_columns<T, Rows>(acc, a + row, a_stride, b, depth);
-    }
-    for (int r = 0; r < Rows; ++r) {
-      for (int v = 0; v < 4; ++v) {
-        const int64_t n = valid(columns, v * L, L);
-        T* to = c + (row + r) * c_stride + v * L;
-        if (n == 0) break;
-        store_n(to, accumulate ? load_n(to, n) + acc[r][v] : acc[r][v], n);
-      }
+    for (int v = 0; v < 4; ++v) {
+      const int64_t n = valid(columns, v * L, L);
+      T* to = c + row * stride + v * L;
+      if (n == 0) break;
+      store_n(to, accumulate ? load_n(to, n) + sum[v] : sum[v], n);
     }
   }
 };
 
-// Tasks: panels of B x tiles of rows.
+// Tasks: bands of rows x panels of B.
 template <typename T>
 void multiply_packed(const Product<T>& p, int64_t first, int64_t last) {
-  const int64_t tiles = tiles_of(p.rows);
-  for (int64_t task = first; task < last; ++task) {
-    const int64_t panel = task / tiles, column = panel * kPanel<T>;
-    const ProductTile<T, true> tile = {
-        p.a,         p.a_row,      p.a_rows,   p.b + panel * p.depth * kPanel<T>,
-        p.depth,     p.c + column, p.c_stride, p.columns - column,
-        p.accumulate};
-    dispatch_tile(p.rows, task % tiles, tile);
-  }
+  const int64_t panels = (p.columns + kPanel<T> - 1) / kPanel<T>;
+  for_panels_of_bands<4>(p.rows, panels, first, last, [&](int64_t panel, int64_t row, int64_t rows) {
+    const int64_t column = panel * kPanel<T>;
+    const ProductColumns<T> to = {p.c + row * p.c_stride + column, p.c_stride, p.columns - column,
+                                  p.accumulate};
+    const T* a[kBandRows<4>];
+    for (int64_t r = 0; r < rows; ++r) a[r] = p.a_rows ? p.a_rows[row + r] : p.a + (row + r) * p.a_row;
+    BandSums<T, 4> sums;
+    multiply_band(sums, rows, a, p.b + panel * p.depth * kPanel<T>, p.depth, Into::kSet,
+                  [&](int64_t r) { to.prefetch_row(r); });
+    for (int64_t r = 0; r < rows; ++r) to.store(r, sums.of[r]);
+  });
 }
+
+template <typename T>
+struct ColumnTile {
+  const T* a;
+  int64_t a_stride;
+  const T* b;
+  int64_t depth;
+  ProductColumns<T> to;
+
+  template <int Rows>
+  void run(int64_t row) const {
+    for (int r = 0; r < Rows; ++r) to.prefetch_row(row + r);
+    Vec<T> acc[Rows][4];
+    multiply_columns<T, Rows>(acc, a + row, a_stride, b, depth);
+    for (int r = 0; r < Rows; ++r) to.store(row + r, acc[r]);
+  }
+};
 
 template <typename T>
 CNNRNN_INLINE void copy_columns(const T* a, int64_t stride, int64_t depth, int64_t columns, T* out) {
@@ -168,16 +174,13 @@ void multiply_unpacked(const Product<T>& p, int64_t first, int64_t last, T* scra
           if (task < first || task >= last) continue;
           if (!copied) copy_columns(p.a + k * p.a_depth + row, p.a_depth, depth, rows, a_block);
           copied = true;
-          const ProductTile<T, false> tile = {a_block,
-                                              kRowBlock,
-                                              nullptr,
-                                              scratch + (panel - group) * kDepthBlock * kPanel<T>,
-                                              depth,
-                                              p.c + row * p.c_stride + column,
-                                              p.c_stride,
-                                              p.columns - column,
-                                              p.accumulate || k > 0};
-          for (int64_t t = 0; t < tiles_of(rows); ++t) dispatch_tile(rows, t, tile);
+          const ColumnTile<T> tile = {
+              a_block,
+              kRowBlock,
+              scratch + (panel - group) * kDepthBlock * kPanel<T>,
+              depth,
+              {p.c + row * p.c_stride + column, p.c_stride, p.columns - column, p.accumulate || k > 0}};
+          for_tiles(rows, tile);
         }
       }
     }
