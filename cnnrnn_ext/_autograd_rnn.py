@@ -1,6 +1,9 @@
 """Autograd of the recurrent operators, one for every cell."""
 
 import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch.nn import Parameter
 
 from cnnrnn_ext._double_backward import double_backward
 from cnnrnn_ext.reference._cells import CELLS, one_step
@@ -104,14 +107,50 @@ def _cell_setup(ctx, inputs, output):
 
 
 def _cell_backward(ctx, grad_h_1, grad_c_1, grad_reserve):
+    return _cell_gradients(torch.ops.cnnrnn_ext.rnn_cell_backward.default, ctx, grad_h_1, grad_c_1)
+
+
+def _cell_gradients(operator, ctx, grad_h_1, grad_c_1):
     asked = ctx.needs_input_grad[1:]
     if grad_h_1 is None and grad_c_1 is None:
         return (None,) * (1 + len(asked))
-    grads = torch.ops.cnnrnn_ext.rnn_cell_backward(
+    grads = operator(
         grad_h_1, grad_c_1, ctx.cell, *ctx.saved_tensors,
         asked[0], asked[1] or asked[2], asked[3] or asked[4], asked[5] or asked[6],
     )  # fmt: skip
     return (None, *(g if wanted else None for g, wanted in zip(grads, asked, strict=True)))
+
+
+def takes_cell_step(*tensors):
+    """Whether operands, outside of graphs and transforms, are for CellStep: subclasses, and modes
+    that look on at the operators, are to see the one with its registered gradient."""
+    return not dispatch_modes() and all(t is None or type(t) in (Parameter, Tensor) for t in tensors)
+
+
+class CellStep(torch.autograd.Function):
+    """rnn_cell_train with its gradient, for eager calls on plain tensors: what ``register_autograd`` makes of
+    the same formulas takes longer than a small cell's kernels.
+
+    ``CellStep.apply(cell, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh)`` returns (h_1, c_1), or h_1 where
+    that is the only state.
+    """
+
+    @staticmethod
+    def forward(ctx, cell, *tensors):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.cnnrnn_ext.rnn_cell_train.default(cell, *tensors)
+        ctx.cell = cell
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+        return output[:2] if CELLS[cell].states == 2 else output[0]
+
+    @staticmethod
+    def backward(ctx, grad_h_1, grad_c_1=None):
+        operator = torch.ops.cnnrnn_ext.rnn_cell_backward.default
+        if torch.is_grad_enabled():  # somebody wants to derive the gradient
+            return _cell_gradients(operator, ctx, grad_h_1, grad_c_1)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _cell_gradients(operator, ctx, grad_h_1, grad_c_1)
 
 
 def _cell_backward_setup(ctx, inputs, output):

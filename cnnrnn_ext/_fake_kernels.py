@@ -99,6 +99,10 @@ def rnn(*args):
     return rnn_train(*args)[:3]
 
 
+def rnn_layer(cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh):
+    return rnn(cell, x, h_0, c_0, [weight_ih], [weight_hh], [], [], None, None, None)
+
+
 def rnn_narrow(
     cell, x, h_0, c_0, weight_ih, weight_hh, scale_ih, scale_hh, bias_ih, bias_hh,
     batch_sizes, lengths, reset,

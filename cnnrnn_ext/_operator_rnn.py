@@ -37,6 +37,11 @@ def rnn(*arguments):
     return rnn_train(*arguments)[:3]
 
 
+def rnn_layer(cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh):
+    biases = ([b] if b is not None else [] for b in (bias_ih, bias_hh))
+    return rnn(cell, x, h_0, c_0, [weight_ih], [weight_hh], *biases, None, None, None)
+
+
 def _widened(weights, scales, dtype):
     """Narrow weights in x's dtype: int8 rows are multiplied by their scales."""
     weights = [w.to(dtype) for w in weights]

@@ -225,31 +225,33 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& weight_any
 }
 
 Tensor conv_pool2d(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, Ints dilation,
-                   int64_t groups, std::string activation, std::string pool, Ints pool_size, Ints pool_stride,
+                   int64_t groups, Text activation, Text pool, Ints pool_size, Ints pool_stride,
                    Ints pool_padding, bool ceil_mode) {
-  return std::get<0>(forward(
-      x, weight, bias,
-      {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
-      false));
+  return std::get<0>(forward(x, weight, bias,
+                             {stride, padding, dilation, groups, activation.take(), pool.take(), pool_size,
+                              pool_stride, pool_padding, ceil_mode},
+                             false));
 }
 
 std::tuple<Tensor, Tensor> conv_pool2d_train(Tensor x, Tensor weight, OptionalTensor bias, Ints stride,
-                                             Ints padding, Ints dilation, int64_t groups,
-                                             std::string activation, std::string pool, Ints pool_size,
-                                             Ints pool_stride, Ints pool_padding, bool ceil_mode) {
-  return forward(
-      x, weight, bias,
-      {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode},
-      true);
+                                             Ints padding, Ints dilation, int64_t groups, Text activation,
+                                             Text pool, Ints pool_size, Ints pool_stride, Ints pool_padding,
+                                             bool ceil_mode) {
+  return forward(x, weight, bias,
+                 {stride, padding, dilation, groups, activation.take(), pool.take(), pool_size, pool_stride,
+                  pool_padding, ceil_mode},
+                 true);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
-    Tensor grad_y_any, Tensor x_any, Tensor weight_any, OptionalTensor bias, Tensor code_any, Ints stride,
-    Ints padding, Ints dilation, int64_t groups, std::string activation, std::string pool, Ints pool_size,
-    Ints pool_stride, Ints pool_padding, bool ceil_mode, bool need_x, bool need_weight, bool need_bias) {
-  const ConvPoolShape s = check_arguments(
-      x_any, weight_any, bias,
-      {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
+std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y_any, Tensor x_any, Tensor weight_any,
+                                                        OptionalTensor bias, Tensor code_any, Ints stride,
+                                                        Ints padding, Ints dilation, int64_t groups,
+                                                        Text activation, Text pool, Ints pool_size,
+                                                        Ints pool_stride, Ints pool_padding, bool ceil_mode,
+                                                        bool need_x, bool need_weight, bool need_bias) {
+  const ConvPoolShape s = check_arguments(x_any, weight_any, bias,
+                                          {stride, padding, dilation, groups, activation.take(), pool.take(),
+                                           pool_size, pool_stride, pool_padding, ceil_mode});
   const std::vector<int64_t> out = {s.batch, s.outputs, s.pooled.h, s.pooled.w};
   check_shape("grad_y", grad_y_any, out);
   check_shape("code", code_any, out);

@@ -1,132 +1,13 @@
-// Inference on operands where the dispatcher left them: no handle is copied, no list or string made anew,
-// which is most of the time of a short call. It takes contiguous float32 operands of the right shapes;
-// everything else, errors too, is left to the typed operators.
+// The recurrent operators on borrowed operands, for short calls. They take contiguous float32 operands of the
+// right shapes; everything else, errors too, is left to the typed operators.
 #pragma once
 
-#include <cstring>
-
+#include "borrowed.h"
 #include "cpu/capability.h"
+#include "rnn_backward.h"
 #include "rnn_forward.h"
-#include "tensor.h"
 
 namespace cnnrnn {
-
-// A tensor on the stack, still owned by it.
-struct Borrowed {
-  AtenTensorHandle handle = nullptr;
-  int64_t dims = 0;
-  int64_t* sizes = nullptr;
-  const void* address = nullptr;
-  int32_t dtype = 0;
-
-  // Whether it is a contiguous tensor on the CPU, of float32 or, where those are welcome, of narrow weights.
-  bool look(bool narrow = false) {
-    int32_t device;
-    bool contiguous;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &contiguous));
-    if (device != aoti_torch_device_type_cpu() || !contiguous) return false;
-    const bool fits = narrow ? dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_int8()
-                             : dtype == aoti_torch_dtype_float32();
-    if (!fits) return false;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &address));
-    return true;
-  }
-  bool has_shape(std::initializer_list<int64_t> expected) const {
-    return dims == static_cast<int64_t>(expected.size()) &&
-           std::equal(expected.begin(), expected.end(), sizes);
-  }
-  const float* data() const { return static_cast<const float*>(address); }
-};
-
-// The arguments of rnn or rnn_cell on the stack. They stay there until `release`.
-class BorrowedArguments {
- public:
-  explicit BorrowedArguments(StableIValue* stack) : stack_(stack) {}
-
-  // Reads lead to false where the call is not for us.
-  bool cell(int i, Cell& into) const {
-    const auto name = torch::stable::detail::to<StringHandle>(stack_[i]);
-    const char* text;
-    size_t length;
-    TORCH_ERROR_CODE_CHECK(torch_string_c_str(name, &text));
-    TORCH_ERROR_CODE_CHECK(torch_string_length(name, &length));
-    static const char* const names[kCells] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
-    for (int c = 0; c < kCells; ++c) {
-      if (length != std::strlen(names[c]) || std::memcmp(text, names[c], length) != 0) continue;
-      into = static_cast<Cell>(c);
-      return true;
-    }
-    return false;
-  }
-  bool tensor(int i, Borrowed& into, bool narrow = false) const {
-    into.handle = torch::stable::detail::to<AtenTensorHandle>(stack_[i]);
-    return into.look(narrow);
-  }
-  bool none(int i) const { return torch::stable::detail::to<StableIValue*>(stack_[i]) == nullptr; }
-  // One that may be none: then `into` has no address.
-  bool optional_tensor(int i, Borrowed& into) const {
-    if (none(i)) return true;
-    into.handle =
-        torch::stable::detail::to<AtenTensorHandle>(*torch::stable::detail::to<StableIValue*>(stack_[i]));
-    return into.look();
-  }
-  // At most two.
-  bool list(int i, Borrowed (&into)[2], int64_t& count, bool narrow = false) {
-    const auto list = torch::stable::detail::to<StableListHandle>(stack_[i]);
-    size_t size;
-    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
-    count = static_cast<int64_t>(size);
-    if (count > 2) return false;
-    for (int64_t k = 0; k < count; ++k) {
-      StableIValue value;
-      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, k, &value));
-      into[k].handle = item_[items_++] = torch::stable::detail::to<AtenTensorHandle>(value);
-      if (!into[k].look(narrow)) return false;
-    }
-    return true;
-  }
-
-  // Frees what the stack holds: `kinds` has a letter for each argument, as in the schema: s string, t tensor,
-  // o optional tensor, l list.
-  void release(const char* kinds) const {
-    // A list holds handles, and does not free them itself.
-    for (int i = 0; i < items_; ++i) aoti_torch_delete_tensor_object(item_[i]);
-    for (int i = 0; kinds[i]; ++i) {
-      if (kinds[i] == 's')
-        torch_delete_string(torch::stable::detail::to<StringHandle>(stack_[i]));
-      else if (kinds[i] == 'l')
-        torch_delete_list(torch::stable::detail::to<StableListHandle>(stack_[i]));
-      else if (kinds[i] == 't')
-        aoti_torch_delete_tensor_object(torch::stable::detail::to<AtenTensorHandle>(stack_[i]));
-      else if (!none(i))
-        torch::stable::detail::to<std::optional<Tensor>>(stack_[i]);
-    }
-  }
-
- private:
-  StableIValue* stack_;
-  AtenTensorHandle item_[12];
-  int items_ = 0;
-};
-
-// Puts a new float32 tensor on the stack.
-inline float* push(StableIValue& slot, std::initializer_list<int64_t> sizes) {
-  int64_t strides[3] = {1, 1, 1};
-  for (size_t d = sizes.size(); d-- > 1;)
-    strides[d - 1] = strides[d] * std::max<int64_t>(sizes.begin()[d], 1);
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                  aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
-  slot = torch::stable::detail::from(handle);
-  void* address;
-  TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle, &address));
-  return static_cast<float*>(address);
-}
 
 // Narrow weights and their scales, as the problem wants them; false where they do not fit each other.
 inline bool take_narrow(RnnProblem<float>& p, int64_t d, int64_t rows, const Borrowed& ih, const Borrowed& hh,
@@ -186,43 +67,130 @@ bool borrowed_rnn(StableIValue* stack) {
   return true;
 }
 
-// The same for rnn_cell and rnn_cell_narrow.
+// The operands of one direction, none of them in a list: of rnn_layer, and of one step.
 template <bool kNarrow>
-bool borrowed_rnn_cell(StableIValue* stack) {
-  constexpr int kBias = kNarrow ? 8 : 6;
-  BorrowedArguments in(stack);
+struct OneDirection {
   Cell cell;
   Borrowed x, h, c, w_ih, w_hh, scale_ih, scale_hh, b_ih, b_hh;
-  if (!in.cell(0, cell) || !in.tensor(1, x) || x.dims != 2 || !in.optional_tensor(2, h) ||
-      !in.optional_tensor(3, c) || !in.tensor(4, w_ih, kNarrow) || !in.tensor(5, w_hh, kNarrow) ||
-      w_hh.dims != 2 || !in.optional_tensor(kBias, b_ih) || !in.optional_tensor(kBias + 1, b_hh))
-    return false;
-  if (kNarrow && (!in.optional_tensor(6, scale_ih) || !in.optional_tensor(7, scale_hh))) return false;
-  const RnnKernels<float>& kernels = CNNRNN_ACTIVE_TABLE(rnn).f32;
-  const CellKernels<float>& k = kernels.cells[cell];
-  const int64_t N = x.sizes[0], I = x.sizes[1], H = w_hh.sizes[1], G = k.gates * H;
-  if ((h.handle && !h.has_shape({N, H})) || (c.handle && (!k.has_c || !c.has_shape({N, H}))) ||
-      !w_ih.has_shape({G, I}) || !w_hh.has_shape({G, H}) ||
-      (b_ih.handle == nullptr) != (b_hh.handle == nullptr) ||
-      (b_ih.handle && (!b_ih.has_shape({G}) || !b_hh.has_shape({G}))))
-    return false;
-  const Layout layout(1, N);
-  if (kNarrow && !RnnForward<float>::takes_narrow(layout)) return false;
-  RnnProblem<float> p{layout, I,  H,  1,  x.data(), h.data(), c.data(), {}, {}, Weights::kElement,
-                      {},     {}, {}, {}, nullptr};
-  p.weight_ih[0] = w_ih.address, p.weight_hh[0] = w_hh.address;
-  if (kNarrow && !take_narrow(p, 0, G, w_ih, w_hh, scale_ih, scale_hh)) return false;
-  p.bias_ih[0] = b_ih.data(), p.bias_hh[0] = b_hh.data();
-  StableIValue out[2];
+  int64_t T = 1, N, I, H, G;
+  bool sequence;  // x [T, N, I] and states [1, N, H]; else x [N, I] and states [N, H]
+
+  const RnnKernels<float>& kernels() const { return CNNRNN_ACTIVE_TABLE(rnn).f32; }
+  const CellKernels<float>& k() const { return kernels().cells[cell]; }
+
+  // The arguments from the cell's name on: whether they are for us.
+  bool look(const BorrowedArguments& in, int at, bool is_sequence) {
+    const int bias = at + (kNarrow ? 8 : 6);
+    sequence = is_sequence;
+    if (!in.cell(at, cell) || !in.tensor(at + 1, x) || x.dims != 2 + sequence ||
+        !in.optional_tensor(at + 2, h) || !in.optional_tensor(at + 3, c) ||
+        !in.tensor(at + 4, w_ih, kNarrow) || !in.tensor(at + 5, w_hh, kNarrow) || w_hh.dims != 2 ||
+        !in.optional_tensor(bias, b_ih) || !in.optional_tensor(bias + 1, b_hh))
+      return false;
+    if (kNarrow && (!in.optional_tensor(at + 6, scale_ih) || !in.optional_tensor(at + 7, scale_hh)))
+      return false;
+    if (sequence) T = x.sizes[0];
+    N = x.sizes[sequence], I = x.sizes[1 + sequence], H = w_hh.sizes[1], G = k().gates * H;
+    return (!h.handle || is_state(h)) && (!c.handle || (k().has_c && is_state(c))) &&
+           w_ih.has_shape({G, I}) && w_hh.has_shape({G, H}) &&
+           (b_ih.handle == nullptr) == (b_hh.handle == nullptr) &&
+           (!b_ih.handle || (b_ih.has_shape({G}) && b_hh.has_shape({G})));
+  }
+  bool is_state(const Borrowed& t) const { return sequence ? t.has_shape({1, N, H}) : t.has_shape({N, H}); }
+
+  RnnProblem<float> problem(const Layout& layout) const {
+    RnnProblem<float> p{layout, I,  H,  1,  x.data(), h.data(), c.data(), {}, {}, Weights::kElement,
+                        {},     {}, {}, {}, nullptr};
+    p.weight_ih[0] = w_ih.address, p.weight_hh[0] = w_hh.address;
+    p.bias_ih[0] = b_ih.data(), p.bias_hh[0] = b_hh.data();
+    return p;
+  }
+};
+
+// rnn_layer on the stack.
+inline bool borrowed_rnn_layer(StableIValue* stack) {
+  const BorrowedArguments in(stack);
+  OneDirection<false> o;
+  if (!o.look(in, 0, true)) return false;
+  const Layout layout(o.T, o.N);
+  const RnnProblem<float> p = o.problem(layout);
+  StableIValue out[3];
   RnnOutputs<float> to{};
-  to.output = push(out[0], {N, H});
-  if (k.has_c)
-    to.c_n = push(out[1], {N, H});
+  to.output = push(out[0], {o.T, o.N, o.H}), to.h_n = push(out[1], {1, o.N, o.H});
+  if (o.k().has_c)
+    to.c_n = push(out[2], {1, o.N, o.H});
+  else
+    push(out[2], {0});
+  RnnForward<float>(o.kernels(), o.cell, p, to).run();
+  in.release("stoottoo");
+  std::copy(out, out + 3, stack);
+  return true;
+}
+
+// rnn_cell, rnn_cell_narrow or rnn_cell_train on the stack.
+template <bool kNarrow, bool kTrain = false>
+bool borrowed_rnn_cell(StableIValue* stack) {
+  const BorrowedArguments in(stack);
+  OneDirection<kNarrow> o;
+  if (!o.look(in, 0, false)) return false;
+  const Layout layout(1, o.N);
+  if (kNarrow && !RnnForward<float>::takes_narrow(layout)) return false;
+  RnnProblem<float> p = o.problem(layout);
+  if (kNarrow && !take_narrow(p, 0, o.G, o.w_ih, o.w_hh, o.scale_ih, o.scale_hh)) return false;
+  StableIValue out[3];
+  RnnOutputs<float> to{};
+  to.output = push(out[0], {o.N, o.H});
+  if (o.k().has_c)
+    (kTrain ? to.cells : to.c_n) = push(out[1], {o.N, o.H});
   else
     push(out[1], {0});
-  RnnForward<float>(kernels, cell, p, to).run();
+  if (kTrain) to.reserve = push(out[2], {o.N, o.k().kept, o.H});
+  RnnForward<float>(o.kernels(), o.cell, p, to).run();
   in.release(kNarrow ? "stoottoooo" : "stoottoo");
-  std::copy(out, out + 2, stack);
+  std::copy(out, out + 2 + kTrain, stack);
+  return true;
+}
+
+// rnn_cell_backward on the stack.
+inline bool borrowed_rnn_cell_backward(StableIValue* stack) {
+  const BorrowedArguments in(stack);
+  OneDirection<false> o;
+  Borrowed grad_h, grad_c, h_1, c_1, reserve;
+  if (!in.optional_tensor(0, grad_h) || !in.optional_tensor(1, grad_c) || !o.look(in, 2, false) ||
+      !in.tensor(10, h_1) || !in.tensor(11, c_1) || !in.tensor(12, reserve))
+    return false;
+  const bool has_c = o.k().has_c;
+  if ((grad_h.handle && !o.is_state(grad_h)) || (has_c && grad_c.handle && !o.is_state(grad_c)) ||
+      !o.is_state(h_1) || (has_c && !o.is_state(c_1)) || !reserve.has_shape({o.N, o.k().kept, o.H}))
+    return false;
+  const bool need_x = in.flag(13), need_state = in.flag(14), need_weight = in.flag(15);
+  const bool need_bias = in.flag(16) && o.b_ih.handle;
+  const Layout layout(1, o.N);
+  const RnnProblem<float> p = o.problem(layout);
+  const RnnGradientsIn<float> from = {nullptr, grad_h.data(), has_c ? grad_c.data() : nullptr, nullptr};
+  StableIValue out[7];
+  RnnGradientsOut<float> to{};
+  const auto push_if = [&](bool wanted, int i, std::initializer_list<int64_t> sizes) {
+    if (wanted) return push(out[i], sizes);
+    push(out[i], {0});
+    return static_cast<float*>(nullptr);
+  };
+  to.x = push_if(need_x, 0, {o.N, o.I});
+  to.h_0 = push_if(need_state, 1, {o.N, o.H}), to.want_h_0 = need_state;
+  to.c_0 = push_if(need_state && has_c, 2, {o.N, o.H});
+  to.weight_ih[0] = push_if(need_weight, 3, {o.G, o.I});
+  to.weight_hh[0] = push_if(need_weight, 4, {o.G, o.H});
+  to.bias_ih[0] = push_if(need_bias, 5, {o.G});
+  to.bias_hh[0] = push_if(need_bias, 6, {o.G});
+  // The scan's running gradients live there, wanted or not.
+  Scratch scratch;
+  if (!to.h_0) to.h_0 = scratch.take<float>(o.N * o.H);
+  if (!to.c_0 && has_c) to.c_0 = scratch.take<float>(o.N * o.H);
+  RnnBackward<float>(o.kernels(), o.cell, p, from, h_1.data(), has_c ? c_1.data() : nullptr, reserve.data(),
+                     to)
+      .run();
+  in.release("oostoottoottt");
+  std::copy(out, out + 7, stack);
   return true;
 }
 

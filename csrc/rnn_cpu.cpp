@@ -14,6 +14,8 @@ struct Results {
 
 Tensor nothing(const Tensor& x) { return new_dense(x, {0}); }
 
+Tensors list(const OptionalTensor& t) { return t ? Tensors{*t} : Tensors{}; }
+
 template <typename T>
 T* mutable_data_if(bool wanted, const Tensor& t) {
   return wanted ? mutable_data<T>(t) : nullptr;
@@ -55,22 +57,28 @@ Results forward(const RnnOperands& o, bool train) {
   return r;
 }
 
-std::tuple<Tensor, Tensor, Tensor> rnn(std::string cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
+std::tuple<Tensor, Tensor, Tensor> rnn(Text cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
                                        Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
                                        OptionalTensor batch_sizes, OptionalTensor lengths,
                                        OptionalTensor reset) {
-  RnnOperands o = sequence_operands(cell, x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
+  RnnOperands o = sequence_operands(cell.take(), x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
   o.take_weights(weight_ih, weight_hh, bias_ih, bias_hh);
   Results r = forward(o, false);
   return {r.output, r.h_n, r.c_n};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_train(std::string cell, Tensor x, OptionalTensor h_0,
+std::tuple<Tensor, Tensor, Tensor> rnn_layer(Text cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
+                                             Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
+                                             OptionalTensor bias_hh) {
+  return rnn(cell, x, h_0, c_0, {weight_ih}, {weight_hh}, list(bias_ih), list(bias_hh), {}, {}, {});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_train(Text cell, Tensor x, OptionalTensor h_0,
                                                              OptionalTensor c_0, Tensors weight_ih,
                                                              Tensors weight_hh, Tensors bias_ih,
                                                              Tensors bias_hh, OptionalTensor batch_sizes,
                                                              OptionalTensor lengths, OptionalTensor reset) {
-  RnnOperands o = sequence_operands(cell, x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
+  RnnOperands o = sequence_operands(cell.take(), x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
   o.take_weights(weight_ih, weight_hh, bias_ih, bias_hh);
   Results r = forward(o, true);
   return {r.output, r.h_n, r.c_n, r.cells, r.reserve};
@@ -112,12 +120,12 @@ void widen_unless_direct(RnnOperands& o) {
   o.weights = Weights::kElement;
 }
 
-std::tuple<Tensor, Tensor, Tensor> rnn_narrow(std::string cell, Tensor x, OptionalTensor h_0,
-                                              OptionalTensor c_0, Tensors weight_ih, Tensors weight_hh,
-                                              Tensors scale_ih, Tensors scale_hh, Tensors bias_ih,
-                                              Tensors bias_hh, OptionalTensor batch_sizes,
-                                              OptionalTensor lengths, OptionalTensor reset) {
-  RnnOperands o = sequence_operands(cell, x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
+std::tuple<Tensor, Tensor, Tensor> rnn_narrow(Text cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
+                                              Tensors weight_ih, Tensors weight_hh, Tensors scale_ih,
+                                              Tensors scale_hh, Tensors bias_ih, Tensors bias_hh,
+                                              OptionalTensor batch_sizes, OptionalTensor lengths,
+                                              OptionalTensor reset) {
+  RnnOperands o = sequence_operands(cell.take(), x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
   o.take_narrow_weights(weight_ih, weight_hh, scale_ih, scale_hh);
   o.take_weights({}, {}, bias_ih, bias_hh);
   widen_unless_direct(o);
@@ -151,8 +159,6 @@ RnnOperands cell_operands(const std::string& cell, const Tensor& x, const Option
   return o;
 }
 
-Tensors list(const OptionalTensor& t) { return t ? Tensors{*t} : Tensors{}; }
-
 Results cell_forward(const RnnOperands& o, bool train) {
   Results r;
   const std::vector<int64_t> state = {o.layout.batch, o.hidden};
@@ -163,29 +169,28 @@ Results cell_forward(const RnnOperands& o, bool train) {
   return r;
 }
 
-std::tuple<Tensor, Tensor> rnn_cell(std::string cell, Tensor x, OptionalTensor h, OptionalTensor c,
-                                    Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
-                                    OptionalTensor bias_hh) {
-  RnnOperands o = cell_operands(cell, x, h, c, weight_hh);
+std::tuple<Tensor, Tensor> rnn_cell(Text cell, Tensor x, OptionalTensor h, OptionalTensor c, Tensor weight_ih,
+                                    Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh) {
+  RnnOperands o = cell_operands(cell.take(), x, h, c, weight_hh);
   o.take_weights({weight_ih}, {weight_hh}, list(bias_ih), list(bias_hh));
   Results r = cell_forward(o, false);
   return {r.output, r.c_n};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rnn_cell_train(std::string cell, Tensor x, OptionalTensor h,
-                                                  OptionalTensor c, Tensor weight_ih, Tensor weight_hh,
-                                                  OptionalTensor bias_ih, OptionalTensor bias_hh) {
-  RnnOperands o = cell_operands(cell, x, h, c, weight_hh);
+std::tuple<Tensor, Tensor, Tensor> rnn_cell_train(Text cell, Tensor x, OptionalTensor h, OptionalTensor c,
+                                                  Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
+                                                  OptionalTensor bias_hh) {
+  RnnOperands o = cell_operands(cell.take(), x, h, c, weight_hh);
   o.take_weights({weight_ih}, {weight_hh}, list(bias_ih), list(bias_hh));
   Results r = cell_forward(o, true);
   return {r.output, r.c_n, r.reserve};
 }
 
-std::tuple<Tensor, Tensor> rnn_cell_narrow(std::string cell, Tensor x, OptionalTensor h, OptionalTensor c,
+std::tuple<Tensor, Tensor> rnn_cell_narrow(Text cell, Tensor x, OptionalTensor h, OptionalTensor c,
                                            Tensor weight_ih, Tensor weight_hh, OptionalTensor scale_ih,
                                            OptionalTensor scale_hh, OptionalTensor bias_ih,
                                            OptionalTensor bias_hh) {
-  RnnOperands o = cell_operands(cell, x, h, c, weight_hh);
+  RnnOperands o = cell_operands(cell.take(), x, h, c, weight_hh);
   o.take_narrow_weights({weight_ih}, {weight_hh}, list(scale_ih), list(scale_hh));
   o.take_weights({}, {}, list(bias_ih), list(bias_hh));
   widen_unless_direct(o);
@@ -256,11 +261,11 @@ Gradients backward(const RnnOperands& o, const Incoming& in, const Tensor& outpu
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backward(
     OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, OptionalTensor grad_cells,
-    std::string cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensors weight_ih, Tensors weight_hh,
+    Text cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensors weight_ih, Tensors weight_hh,
     Tensors bias_ih, Tensors bias_hh, OptionalTensor batch_sizes, OptionalTensor lengths,
     OptionalTensor reset, Tensor output, Tensor cells, Tensor reserve, bool need_x, bool need_state,
     bool need_weight, bool need_bias) {
-  RnnOperands o = sequence_operands(cell, x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
+  RnnOperands o = sequence_operands(cell.take(), x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
   o.take_weights(weight_ih, weight_hh, bias_ih, bias_hh);
   Incoming in;
   OptionalTensor output_rows, cell_rows;
@@ -279,10 +284,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_cell_backward(
-    OptionalTensor grad_h_1, OptionalTensor grad_c_1, std::string cell, Tensor x, OptionalTensor h,
-    OptionalTensor c, Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh,
-    Tensor h_1, Tensor c_1, Tensor reserve, bool need_x, bool need_state, bool need_weight, bool need_bias) {
-  RnnOperands o = cell_operands(cell, x, h, c, weight_hh);
+    OptionalTensor grad_h_1, OptionalTensor grad_c_1, Text cell, Tensor x, OptionalTensor h, OptionalTensor c,
+    Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh, Tensor h_1,
+    Tensor c_1, Tensor reserve, bool need_x, bool need_state, bool need_weight, bool need_bias) {
+  RnnOperands o = cell_operands(cell.take(), x, h, c, weight_hh);
   o.take_weights({weight_ih}, {weight_hh}, list(bias_ih), list(bias_hh));
   const std::vector<int64_t> state = {o.layout.batch, o.hidden};
   const auto take = [&](const char* name, const OptionalTensor& t) -> OptionalTensor {
@@ -318,13 +323,14 @@ void boxed(StableIValue* stack, uint64_t arguments, uint64_t results) {
 }  // namespace cnnrnn
 
 STABLE_TORCH_LIBRARY_IMPL(cnnrnn_ext, CPU, library) {
-  library.impl("rnn", cnnrnn::boxed<cnnrnn::borrowed_rnn<false>, TORCH_BOX(&cnnrnn::rnn)>);
-  library.impl("rnn_train", TORCH_BOX(&cnnrnn::rnn_train));
-  library.impl("rnn_backward", TORCH_BOX(&cnnrnn::rnn_backward));
-  library.impl("rnn_narrow", cnnrnn::boxed<cnnrnn::borrowed_rnn<true>, TORCH_BOX(&cnnrnn::rnn_narrow)>);
-  library.impl("rnn_cell", cnnrnn::boxed<cnnrnn::borrowed_rnn_cell<false>, TORCH_BOX(&cnnrnn::rnn_cell)>);
-  library.impl("rnn_cell_train", TORCH_BOX(&cnnrnn::rnn_cell_train));
-  library.impl("rnn_cell_backward", TORCH_BOX(&cnnrnn::rnn_cell_backward));
-  library.impl("rnn_cell_narrow",
-               cnnrnn::boxed<cnnrnn::borrowed_rnn_cell<true>, TORCH_BOX(&cnnrnn::rnn_cell_narrow)>);
+  using namespace cnnrnn;
+  library.impl("rnn", boxed<borrowed_rnn<false>, TORCH_BOX(&rnn)>);
+  library.impl("rnn_layer", boxed<borrowed_rnn_layer, TORCH_BOX(&rnn_layer)>);
+  library.impl("rnn_train", TORCH_BOX(&rnn_train));
+  library.impl("rnn_backward", TORCH_BOX(&rnn_backward));
+  library.impl("rnn_narrow", boxed<borrowed_rnn<true>, TORCH_BOX(&rnn_narrow)>);
+  library.impl("rnn_cell", boxed<borrowed_rnn_cell<false>, TORCH_BOX(&rnn_cell)>);
+  library.impl("rnn_cell_train", boxed<borrowed_rnn_cell<false, true>, TORCH_BOX(&rnn_cell_train)>);
+  library.impl("rnn_cell_backward", boxed<borrowed_rnn_cell_backward, TORCH_BOX(&rnn_cell_backward)>);
+  library.impl("rnn_cell_narrow", boxed<borrowed_rnn_cell<true>, TORCH_BOX(&rnn_cell_narrow)>);
 }

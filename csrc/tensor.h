@@ -20,6 +20,22 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// A string among the arguments of a typed operator, to be taken once. Typed as std::string it would leak at
+// each call: torch's own conversion loses a copy (2.10 to 2.13).
+struct Text {
+  StringHandle handle;
+
+  std::string take() const {
+    const char* text;
+    size_t length;
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    std::string taken(text, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return taken;
+  }
+};
+
 // Throws std::runtime_error, which reaches Python as RuntimeError, torch's own type for bad operands.
 template <typename... Parts>
 void check(bool ok, const Parts&... parts) {

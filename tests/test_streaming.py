@@ -16,7 +16,7 @@ I, H = 7, 6  # noqa: E741
 CELLS = {"lstm_cell": cx.LSTMCell, "gru_cell": cx.GRUCell, "rnn_cell": cx.RNNCell}
 SEQUENCES = {"lstm": cx.LSTM, "gru": cx.GRU, "rnn": cx.RNN}
 KINDS = CELLS | SEQUENCES
-OPERATORS = ("rnn", "rnn_narrow", "rnn_cell", "rnn_cell_narrow")
+OPERATORS = ("rnn", "rnn_layer", "rnn_narrow", "rnn_cell", "rnn_cell_narrow")
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_taken_and_equal(taken, kind, bias, batch, dtype):
         for args in ((x, hx), (x,), (x, None)):
             taken.clear()
             y = module(*args)
-            assert taken == ["rnn_cell" if kind in CELLS else "rnn"]
+            assert taken == ["rnn_cell" if kind in CELLS else "rnn_layer"]
             assert equal(y, long_way(module, *args))
             assert len(taken) == 1
 
@@ -107,7 +107,7 @@ def test_layers_directions_and_layouts(taken, kind, sizes, options):
         for args in ((x, hx), (x,)):
             taken.clear()
             y = module(*args)
-            assert taken == ["rnn"] * module.num_layers
+            assert taken == ["rnn" if module.bidirectional else "rnn_layer"] * module.num_layers
             assert equal(y, long_way(module, *args))
             assert y[0].shape[:2] == (first, second)
     assert steps

@@ -2,6 +2,7 @@
 
 import torch
 
+from cnnrnn_ext._autograd_rnn import CellStep, takes_cell_step
 from cnnrnn_ext._backend import use_compiled
 from cnnrnn_ext._checks import check_choice, check_same, check_tensor, shape_of
 from cnnrnn_ext._checks_rnn import check_gate_weights, check_states
@@ -143,8 +144,12 @@ def _run_operator(cell, input, states, weights, entry):
     if entry:
         new = torch.ops.cnnrnn_ext.rnn_cell_narrow(cell, input, h, c, *entry.operands, *weights[2:])
         return new[: CELLS[cell].states]
-    if needs_grad(input, h, c, *weights):
-        h_1, c_1, _ = torch.ops.cnnrnn_ext.rnn_cell_train(cell, input, h, c, *weights)
+    operands = input, h, c, *weights
+    if needs_grad(*operands):
+        if not torch.compiler.is_compiling() and takes_cell_step(*operands):
+            new = CellStep.apply(cell, *operands)
+            return new if CELLS[cell].states == 2 else (new,)
+        h_1, c_1, _ = torch.ops.cnnrnn_ext.rnn_cell_train(cell, *operands)
     else:
-        h_1, c_1 = torch.ops.cnnrnn_ext.rnn_cell(cell, input, h, c, *weights)
+        h_1, c_1 = torch.ops.cnnrnn_ext.rnn_cell(cell, *operands)
     return (h_1, c_1)[: CELLS[cell].states]

@@ -1,4 +1,4 @@
-"""The short way of one step of a stream: from the module's call to the operator, with one test between.
+"""The short way of one step: from the module's call to the operator, with as few tests between as can be.
 
 Every function here returns None where a call may need more than the operator, or where the operator refused
 its operands. The way through ``functional`` then does the same, or tells what does not fit.
@@ -8,16 +8,51 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._C import _get_tracing_state as tracing
+from torch.nn import Module
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
+from cnnrnn_ext._autograd_rnn import CellStep, takes_cell_step
 from cnnrnn_ext.functional._common import needs_grad
 from cnnrnn_ext.reference._cells import CELLS
 from cnnrnn_ext.reference._rnn import rates_per_state
 
 # What OpOverload.__call__ calls: its frame costs as much as all tests here.
 rnn = torch.ops.cnnrnn_ext.rnn.default._op
+rnn_layer = torch.ops.cnnrnn_ext.rnn_layer.default._op
 rnn_narrow = torch.ops.cnnrnn_ext.rnn_narrow.default._op
 rnn_cell = torch.ops.cnnrnn_ext.rnn_cell.default._op
 rnn_cell_narrow = torch.ops.cnnrnn_ext.rnn_cell_narrow.default._op
+
+
+module_call = Module.__call__
+
+
+class ShortCall:
+    """``nn.Module.__call__``, which takes as long as a small cell's kernel, where it only calls forward."""
+
+    def __call__(self, *args, **kwargs):
+        if (
+            kwargs
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or _global_forward_hooks
+            or _global_forward_pre_hooks
+            or _global_backward_hooks
+            or _global_backward_pre_hooks
+            or self._compiled_call_impl is not None
+            or Module.__call__ is not module_call  # somebody looks on: a tracer, a profiler
+            or tracing()
+        ):
+            return super().__call__(*args, **kwargs)
+        return self.forward(*args)
 
 
 def _states(cell, hx):
@@ -38,11 +73,11 @@ def stream_cell(cell, module, input, hx):
     h, c = states
     own, narrow = module._parameters, module._narrow
     try:
-        weight_ih, weight_hh, bias_ih, bias_hh = (
+        weights = weight_ih, weight_hh, bias_ih, bias_hh = (
             own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"],
         )  # fmt: skip
-        if is_grad_enabled() and needs_grad(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
-            return None
+        if is_grad_enabled() and needs_grad(input, h, c, *weights):
+            return CellStep.apply(cell, input, h, c, *weights) if takes_cell_step(*weights) else None
         if narrow is None:
             new = rnn_cell(cell, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
         else:
@@ -100,6 +135,9 @@ def stream_sequence(plan, module, input, hx):
 
 
 def _layer(cell, x, h, c, weights, each, narrow):
+    """weights: of each direction in turn, ``each`` tensors."""
+    if len(weights) == each and not narrow:
+        return rnn_layer(cell, x, h, c, *weights, *(None,) * (4 - each))
     bias_ih, bias_hh = (weights[2::4], weights[3::4]) if each == 4 else ([], [])
     if narrow:
         return rnn_narrow(cell, x, h, c, *narrow, bias_ih, bias_hh, None, None, None)

@@ -4,12 +4,12 @@ from torch import nn
 
 from cnnrnn_ext._backend import plain
 from cnnrnn_ext.functional._cells import run_cell
-from cnnrnn_ext.modules._streaming import stream_cell
+from cnnrnn_ext.modules._streaming import ShortCall, stream_cell
 from cnnrnn_ext.modules._weight_dtype import WeightDtype, check_weight_dtype
 from cnnrnn_ext.reference._cells import CELLS, NONLINEARITIES
 
 
-class _RecurrentCell(WeightDtype, nn.RNNCellBase):
+class _RecurrentCell(ShortCall, WeightDtype, nn.RNNCellBase):
     """What the three cells share; states are a tuple of one or two here, and as torch has them outside."""
 
     _state_names = ("hidden",)

@@ -8,12 +8,12 @@ from cnnrnn_ext._backend import plain
 from cnnrnn_ext._checks import check_tensor, shape_of
 from cnnrnn_ext._checks_rnn import check_rates
 from cnnrnn_ext.functional._rnn import run_sequence
-from cnnrnn_ext.modules._streaming import plan_of, stream_sequence
+from cnnrnn_ext.modules._streaming import ShortCall, plan_of, stream_sequence
 from cnnrnn_ext.modules._weight_dtype import WeightDtype, check_weight_dtype
 from cnnrnn_ext.reference._rnn import Options
 
 
-class _Recurrent(WeightDtype, nn.RNNBase):
+class _Recurrent(ShortCall, WeightDtype, nn.RNNBase):
     """What the three sequence modules share; each gives its mode and the names of its states.
 
     nn.LSTM and its neighbours cannot be subclassed: torch.compile breaks its graph there.
