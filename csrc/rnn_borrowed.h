@@ -162,7 +162,6 @@ bool borrowed_rnn(StableIValue* stack) {
   if ((h_0.handle && !h_0.has_shape({D, N, H})) || (c_0.handle && (!k.has_c || !c_0.has_shape({D, N, H}))))
     return false;
   const Layout layout(T, N);
-  if (kNarrow && !RnnForward<float>::takes_narrow(layout)) return false;
   RnnProblem<float> p{layout, I,  H,  D,  x.data(), h_0.data(), c_0.data(), {}, {}, Weights::kElement,
                       {},     {}, {}, {}, nullptr};
   for (int64_t d = 0; d < D; ++d) {
@@ -173,6 +172,7 @@ bool borrowed_rnn(StableIValue* stack) {
     if (!b_ih[d].has_shape({G}) || !b_hh[d].has_shape({G})) return false;
     p.bias_ih[d] = b_ih[d].data(), p.bias_hh[d] = b_hh[d].data();
   }
+  if (kNarrow && !RnnForward<float>::takes_narrow(layout, p.weights)) return false;
   StableIValue out[3];
   RnnOutputs<float> to{};
   to.output = push(out[0], {T, N, D * H}), to.h_n = push(out[1], {D, N, H});
@@ -207,12 +207,12 @@ bool borrowed_rnn_cell(StableIValue* stack) {
       (b_ih.handle && (!b_ih.has_shape({G}) || !b_hh.has_shape({G}))))
     return false;
   const Layout layout(1, N);
-  if (kNarrow && !RnnForward<float>::takes_narrow(layout)) return false;
   RnnProblem<float> p{layout, I,  H,  1,  x.data(), h.data(), c.data(), {}, {}, Weights::kElement,
                       {},     {}, {}, {}, nullptr};
   p.weight_ih[0] = w_ih.address, p.weight_hh[0] = w_hh.address;
   if (kNarrow && !take_narrow(p, 0, G, w_ih, w_hh, scale_ih, scale_hh)) return false;
   p.bias_ih[0] = b_ih.data(), p.bias_hh[0] = b_hh.data();
+  if (kNarrow && !RnnForward<float>::takes_narrow(layout, p.weights)) return false;
   StableIValue out[2];
   RnnOutputs<float> to{};
   to.output = push(out[0], {N, H});
