@@ -43,7 +43,6 @@ bool borrowed_rnn(StableIValue* stack) {
   if ((h_0.handle && !h_0.has_shape({D, N, H})) || (c_0.handle && (!k.has_c || !c_0.has_shape({D, N, H}))))
     return false;
   const Layout layout(T, N);
-  if (kNarrow && !RnnForward<float>::takes_narrow(layout)) return false;
   RnnProblem<float> p{layout, I,  H,  D,  x.data(), h_0.data(), c_0.data(), {}, {}, Weights::kElement,
                       {},     {}, {}, {}, nullptr};
   for (int64_t d = 0; d < D; ++d) {
@@ -54,6 +53,7 @@ bool borrowed_rnn(StableIValue* stack) {
     if (!b_ih[d].has_shape({G}) || !b_hh[d].has_shape({G})) return false;
     p.bias_ih[d] = b_ih[d].data(), p.bias_hh[d] = b_hh[d].data();
   }
+  if (kNarrow && !RnnForward<float>::takes_narrow(layout, p.weights)) return false;
   StableIValue out[3];
   RnnOutputs<float> to{};
   to.output = push(out[0], {T, N, D * H}), to.h_n = push(out[1], {D, N, H});
@@ -134,9 +134,9 @@ bool borrowed_rnn_cell(StableIValue* stack) {
   OneDirection<kNarrow> o;
   if (!o.look(in, 0, false)) return false;
   const Layout layout(1, o.N);
-  if (kNarrow && !RnnForward<float>::takes_narrow(layout)) return false;
   RnnProblem<float> p = o.problem(layout);
   if (kNarrow && !take_narrow(p, 0, o.G, o.w_ih, o.w_hh, o.scale_ih, o.scale_hh)) return false;
+  if (kNarrow && !RnnForward<float>::takes_narrow(layout, p.weights)) return false;
   StableIValue out[3];
   RnnOutputs<float> to{};
   to.output = push(out[0], {o.N, o.H});

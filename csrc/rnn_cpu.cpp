@@ -94,29 +94,27 @@ Tensors widened(const RnnOperands& o, const Tensors& narrow, const Tensors& scal
     const float* scale = scales.empty() ? nullptr : data<float>(scales[d]);
     const int8_t* bytes = static_cast<const int8_t*>(narrow[d].const_data_ptr());
     const uint16_t* halves = static_cast<const uint16_t*>(narrow[d].const_data_ptr());
-    for_workers(threads_for(static_cast<double>(rows * depth), rows), [&](int64_t worker) {
-      const Share share(rows, worker, threads_for(static_cast<double>(rows * depth), rows));
-      for (int64_t i = share.first * depth; i < share.last * depth; ++i) {
-        const uint32_t bits = scale ? 0 : static_cast<uint32_t>(halves[i]) << 16;
-        if (scale)
-          to[i] = scale[i / depth] * static_cast<float>(bytes[i]);
-        else
-          std::memcpy(to + i, &bits, sizeof bits);
-      }
+    const int64_t workers = threads_for(static_cast<double>(rows * depth), rows);
+    for_workers(workers, [&](int64_t worker) {
+      const Share share(rows, worker, workers);
+      for (int64_t row = share.first; row < share.last; ++row)
+        for (int64_t i = row * depth; i < (row + 1) * depth; ++i) {
+          const uint32_t bits = scale ? 0 : static_cast<uint32_t>(halves[i]) << 16;
+          if (scale)
+            to[i] = scale[row] * static_cast<float>(bytes[i]);
+          else
+            std::memcpy(to + i, &bits, sizeof bits);
+        }
     });
   }
   return wide;
 }
 
-// The direct kernels read narrow weights as they are. Beyond a few rows the input's are widened once, and
-// unless the scan itself goes row by row the state's too.
+// Where the narrow kernels are slower than those with packed weights, they get such.
 void widen_unless_direct(RnnOperands& o) {
-  if (RnnForward<float>::takes_narrow(o.layout)) return;
-  o.weight_ih = widened(o, o.weight_ih, o.scale_ih);
-  o.scale_ih.clear();
-  if (RnnForward<float>::scans_narrow(o.layout)) return;
-  o.weight_hh = widened(o, o.weight_hh, o.scale_hh);
-  o.scale_hh.clear();
+  if (RnnForward<float>::takes_narrow(o.layout, o.weights)) return;
+  o.weight_ih = widened(o, o.weight_ih, o.scale_ih), o.weight_hh = widened(o, o.weight_hh, o.scale_hh);
+  o.scale_ih.clear(), o.scale_hh.clear();
   o.weights = Weights::kElement;
 }
 

@@ -14,7 +14,8 @@ class RnnForward {
     workers_ = threads_for(work_, D * panels_ * ceil_div(std::max<int64_t>(layout.rows, 1), k.tile_rows));
     // Packing costs as much as the product of some rows.
     const bool few = layout.rows <= kDirectRows;
-    direct_ = few || N <= kDirectBatch;
+    narrow_ = p.weights != Weights::kElement;
+    direct_ = few || N <= kDirectBatch || narrow_;
     // x * W inside the scan's steps if the weights stay in cache from step to step or many rows share what is
     // read, else as large products ahead of it: there a panel of W serves the rows of many steps.
     const int64_t weight_bytes = D * packed(p.input + H) * static_cast<int64_t>(sizeof(T));
@@ -22,10 +23,11 @@ class RnnForward {
     fused_ = few || (!direct_ && (layout.steps == 1 || shared));
   }
 
-  // Narrow weights are read as they come by the direct kernels alone.
-  static bool takes_narrow(const Layout& layout) { return layout.rows <= kDirectRows; }
-  // The same, of the state's weights alone.
-  static bool scans_narrow(const Layout& layout) { return layout.batch <= kDirectBatch; }
+  // Whether narrow weights are read as they come: int8 by faster kernels than packed ones are, until these
+  // have rows enough; bfloat16 by slower ones, where packing would take longer.
+  static bool takes_narrow(const Layout& layout, Weights weights) {
+    return layout.rows <= kDirectRows || layout.batch <= (weights == Weights::kInt8 ? 32 : 2);
+  }
 
   void run() {
     if (!p.h_0 || !p.c_0 || p.reset) zeros_ = scratch_.template take_zeros<T>(H);
@@ -53,7 +55,7 @@ class RnnForward {
   int64_t packed(int64_t depth) const { return panels_ * k.gates * k.panel_units * depth; }
 
   void pack() {
-    if (!fused_ || !direct_) w_ = scratch_.template take<T>(D * packed(p.input));
+    if (!narrow_ && (!fused_ || !direct_)) w_ = scratch_.template take<T>(D * packed(p.input));
     if (!direct_) r_ = scratch_.template take<T>(D * packed(H));
     if (!direct_ && p.bias_ih[0]) bias_ = scratch_.template take<T>(D * packed_bias());
     if (!w_) return;
@@ -88,16 +90,19 @@ class RnnForward {
   }
 
   void project() {
+    const auto project = p.weights == Weights::kBf16   ? k.project_bf16
+                         : p.weights == Weights::kInt8 ? k.project_int8
+                                                       : k.project;
     for_workers(workers_, [&](int64_t worker) {
       for (int64_t d = 0; d < D; ++d) {
         const int64_t t = chunk_time(d), first = layout.offset(t);
         RnnForwardStep<T> step{};
         step.rows = layout.offset(t + count_) - first, step.hidden = H, step.input = p.input;
         step.x = p.x + first * p.input, step.x_stride = p.input;
-        step.w = w_ + d * packed(p.input);
+        step.w = narrow_ ? p.weight_ih[d] : w_ + d * packed(p.input), step.scale_ih = p.scale_ih[d];
         step.projection = projection_at(d, t), step.projection_stride = projection_stride();
-        const Share share(panels_ * ceil_div(step.rows, k.band_rows), worker, workers_);
-        k.project(step, share.first, share.last);
+        const Share share(panels_ * (narrow_ ? 1 : ceil_div(step.rows, k.band_rows)), worker, workers_);
+        project(step, share.first, share.last);
       }
     });
   }
@@ -186,7 +191,7 @@ class RnnForward {
   const int64_t panels_ = ceil_div(H, k.panel_units);
   double work_;
   int64_t workers_, chunk_ = 0, from_ = 0, count_ = 0;
-  bool direct_, fused_;
+  bool direct_, fused_, narrow_;
   // Calls take turns too: a stream of single steps finds in cache what the call before has read last.
   const int64_t turn_ = next_turn();
   static int64_t next_turn() {

@@ -131,7 +131,16 @@ static Gates step_of(int cell, const double* a, double h, double c) {
 static int input_part(int, int gate) { return gate; }
 static int state_part(int cell, int gate) { return cell == cnnrnn::kGru && gate == 2 ? 3 : gate; }
 
-enum class How { kFused, kProjected, kDirect, kDirectProjected, kBf16, kInt8 };
+enum class How {
+  kFused,
+  kProjected,
+  kDirect,
+  kDirectProjected,
+  kBf16,
+  kInt8,
+  kBf16Projected,
+  kInt8Projected
+};
 
 template <typename T>
 void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t I, How how, bool bias,
@@ -173,7 +182,9 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
   Buffer<uint16_t> half_w, half_r;
   Buffer<int8_t> byte_w, byte_r;
   auto kernel = direct ? k.forward_direct : k.forward;
-  if (how == How::kBf16) {
+  const bool bf16 = how == How::kBf16 || how == How::kBf16Projected;
+  const bool int8 = how == How::kInt8 || how == How::kInt8Projected;
+  if (bf16) {
     const auto narrow = [](Buffer<T>& from, Buffer<uint16_t>& to) {
       for (T& v : from) {
         const float wide = static_cast<float>(v);
@@ -184,7 +195,7 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
     };
     narrow(w, half_w), narrow(r, half_r);
     kernel = k.forward_bf16, s.w = half_w.data(), s.r = half_r.data();
-  } else if (how == How::kInt8) {
+  } else if (int8) {
     const auto narrow = [&](Buffer<T>& from, Buffer<int8_t>& to, const Buffer<T>& scale, int64_t depth) {
       for (size_t i = 0; i < from.size(); ++i) {
         to.push_back(static_cast<int8_t>(std::lround(127 * from[i])));
@@ -198,11 +209,16 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
     if (!s.projected) s.w = w.data();
     s.r = r.data();
   }
+  if (how == How::kBf16Projected || how == How::kInt8Projected) {
+    const auto project = bf16 ? k.project_bf16 : k.project_int8;
+    project(s, 0, panels / 2), project(s, panels / 2, panels);
+    s.projected = true, s.x = nullptr, s.w = nullptr;
+  }
   const int64_t work = direct ? panels : tasks;
   kernel(s, 0, work / 2), kernel(s, work / 2, work);
 
   // int8 weights reach 127 times their scale: saturated gates, and a ReLU of large values.
-  const double scale = how == How::kInt8 ? 500 * static_cast<double>(I + H) : static_cast<double>(I + H);
+  const double scale = int8 ? 500 * static_cast<double>(I + H) : static_cast<double>(I + H);
   for (int64_t n = 0; n < rows; ++n)
     for (int64_t u = 0; u < H; ++u) {
       double a[4] = {};
@@ -214,7 +230,7 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
         a[input_part(cell, g)] += from_x, a[state_part(cell, g)] += from_h;
       }
       const Gates y = step_of(cell, a, h.at(n, u), c_same.at(n, u));
-      const double error = cell == cnnrnn::kRnnRelu || how == How::kInt8 ? scale : 1;
+      const double error = cell == cnnrnn::kRnnRelu || int8 ? scale : 1;
       check("h", cell, rows, H, h_out[n * (H + 1) + u], y.h, error);
       if (k.has_c) check("c", cell, rows, H, c_out[n * H + u], y.c, error);
       for (int64_t v = 0; keep && v < K; ++v)
@@ -352,6 +368,8 @@ void all(const RnnKernels<T>& k) {
         if constexpr (sizeof(T) == 4) {
           forward(one, cell, rows, H, k.lanes + 1, How::kBf16, true, false, odd);
           forward(one, cell, rows, H, k.lanes + 5, How::kInt8, odd, false, !odd);
+          forward(one, cell, rows, H, 2 * k.lanes + 5, How::kBf16Projected, odd, false, !odd);
+          forward(one, cell, rows, H, 4 * k.lanes, How::kInt8Projected, true, false, odd);
         }
       }
     // A long product, in several blocks.

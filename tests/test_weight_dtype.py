@@ -54,7 +54,14 @@ def double(x):
     return x.double() if isinstance(x, torch.Tensor) else tuple(double(t) for t in x)
 
 
-def check_close(ours, theirs, tolerance=2e-6):
+def tolerance_of(dtype, mode="auto"):
+    """Beside int8 weights the kernels round the activations; test_weight_dtype_products.py has its own tests
+    of that."""
+    rounds = dtype == torch.int8 and mode == "auto" and compiled_missing() is None
+    return 3e-4 if rounds else 2e-6
+
+
+def check_close(ours, theirs, tolerance):
     for a, b in zip(tensors(ours), tensors(theirs), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
@@ -88,7 +95,7 @@ def test_against_float64_with_the_same_weights(mode, kind, batch, dtype):
     oracle = oracle_of(module, KINDS[kind][1], dtype, I, H)
     with torch.no_grad(), cx.backend(mode), cx.trace() as log:
         y = module(x)
-    check_close(y, oracle(x.double()))
+    check_close(y, oracle(x.double()), tolerance_of(dtype, mode))
     if mode == "auto" and compiled_missing() is None:
         assert [(c.op, c.backend, c.kernel) for c in log] == [(kind, "compiled", label(dtype))]
     else:
@@ -118,7 +125,7 @@ def test_layers_and_directions(kind, options, dtype):
     h = torch.randn(shape)
     hx = (h, torch.randn(shape)) if kind == "lstm" else h
     with torch.inference_mode():
-        check_close(module(x, hx), oracle(x.double(), double(hx)))
+        check_close(module(x, hx), oracle(x.double(), double(hx)), tolerance_of(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,8 +137,9 @@ def test_return_all_lengths_and_packed(kind, dtype):
     with torch.no_grad():
         output, states = module(x)
         again, _, everything = module(x, return_all=True)
-        torch.testing.assert_close(again, output)
-        torch.testing.assert_close(tensors(everything)[0][0], output)
+        near = {"rtol": tolerance_of(dtype), "atol": tolerance_of(dtype)}
+        torch.testing.assert_close(again, output, **near)
+        torch.testing.assert_close(tensors(everything)[0][0], output, **near)
         short, _ = module(x, lengths=torch.tensor([T, 2, 4]))
         torch.testing.assert_close(short[:, 0], output[:, 0])
         torch.testing.assert_close(short[:2, 1], output[:2, 1])
@@ -164,7 +172,7 @@ def test_what_has_no_kernel_computes_with_the_copies_on_plain_pytorch(word, dtyp
         y = module(x)
     assert log[0].backend == "reference"
     assert compiled_missing() or word in log[0].reason
-    check_close(y, twin(x.double()))
+    check_close(y, twin(x.double()), 2e-6)
 
 
 def test_float64_runs_on_plain_pytorch():

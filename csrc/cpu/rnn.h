@@ -110,8 +110,11 @@ struct CellKernels {
   // The same from weights as they come: for so few rows that packing would take longer. Tasks are panels,
   // each with all rows. With `projected`, x * W is taken from `projection`.
   void (*forward_direct)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
+  // forward_direct and project with narrow weights; null for double. Tasks are panels in all of them.
   void (*forward_bf16)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
   void (*forward_int8)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
+  void (*project_bf16)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
+  void (*project_int8)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
   void (*backward)(const RnnBackwardStep<T>& step, int64_t first, int64_t last);
 };
 

@@ -20,8 +20,8 @@ constexpr cnnrnn::CellKernels<T> cell_kernels() {
   k.project = project<T, Cell>, k.forward = forward_step<T, Cell>, k.backward = backward_step<T, Cell>;
   k.forward_direct = forward_direct<T, Cell>;
   if constexpr (sizeof(T) == sizeof(float)) {
-    k.forward_bf16 = forward_direct<T, Cell, Bf16>;
-    k.forward_int8 = forward_direct<T, Cell, int8_t>;
+    k.forward_bf16 = forward_narrow<Cell, Bf16>, k.project_bf16 = project_narrow<Cell, Bf16>;
+    k.forward_int8 = forward_narrow<Cell, int8_t>, k.project_int8 = project_narrow<Cell, int8_t>;
   }
   return k;
 }

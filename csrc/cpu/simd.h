@@ -47,10 +47,18 @@ struct Simd<int32_t> {
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
 };
 
+template <>
+struct Simd<int16_t> {
+  typedef int16_t V __attribute__((vector_size(kVectorBytes)));
+  typedef int16_t U __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+  typedef int16_t I __attribute__((vector_size(kVectorBytes)));
+};
+
 template <typename T>
 using Vec = typename Simd<T>::V;
 using vf = Vec<float>;
 using vi = Vec<int32_t>;
+using vs = Vec<int16_t>;
 
 template <typename T>
 constexpr int kLanesOf = kVectorBytes / static_cast<int>(sizeof(T));
@@ -85,6 +93,20 @@ CNNRNN_INLINE V in_register(V v) {
   asm("" : "+w"(v));
 #endif
   return v;
+}
+
+// Keeps what is written before it ahead of what follows: left alone, compilers bring every load of an
+// unrolled loop to its front, and then spill.
+template <typename V>
+CNNRNN_INLINE void in_order(V& v) {
+#if defined(CNNRNN_EMULATE_512)
+#elif defined(__AVX512F__)
+  asm volatile("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm volatile("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm volatile("" : "+w"(v));
+#endif
 }
 
 // x - 0 is x for every x, -0 and NaN included; x + 0 is not.
@@ -174,16 +196,35 @@ CNNRNN_INLINE Vec<T> every_other(Vec<T> a, Vec<T> b) {
 #endif
 }
 
-// kLanes bytes as floats.
-CNNRNN_INLINE vf load_int8(const int8_t* p) {
-#if defined(__AVX512F__)
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__) && !defined(CNNRNN_EMULATE_512)
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-  vf v{};
-  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
+CNNRNN_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+
+// 2 * kLanes bytes as 16-bit numbers.
+CNNRNN_INLINE vs load_int16(const int8_t* p) {
+#if defined(CNNRNN_EMULATE_512) || !defined(__x86_64__)
+  vs v{};
+  for (int i = 0; i < 2 * kLanes; ++i) v[i] = p[i];
   return v;
+#elif defined(__AVX512BW__)
+  return reinterpret_cast<vs>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vs>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<vs>(_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8));
+#endif
+}
+
+// Lane i is a[2i] * b[2i] + a[2i + 1] * b[2i + 1].
+CNNRNN_INLINE vi multiply_pairs(vs a, vs b) {
+#if defined(CNNRNN_EMULATE_512) || !defined(__x86_64__)
+  const vi u = reinterpret_cast<vi>(a), v = reinterpret_cast<vi>(b);
+  return (u << 16 >> 16) * (v << 16 >> 16) + (u >> 16) * (v >> 16);
+#elif defined(__AVX512BW__)
+  return reinterpret_cast<vi>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  return reinterpret_cast<vi>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #endif
 }
 
