@@ -237,7 +237,7 @@ class LSTM(_Recurrent):
             copies of that dtype; all else stays as it is. A call that needs a gradient, or runs in forward
             mode or in a transform of torch.func, uses the parameters. int8 is symmetric, with a scale
             max|row| / 127 for each row; beside it the CPU kernels round a row of x or h to whole multiples of
-            max|row| / 32767 (for at most 32 rows a step), which adds 1 to 3 % of the error that such weights
+            max|row| / 32767 (for at most 32 rows a step), which adds about 1 % of the error that such weights
             make. ``weight_error()`` tells the error of the copies. They follow the parameters; only an edit
             in place through ``.data`` needs ``refresh_weights()``. A graph of torch.compile makes them at
             each call. What runs on plain PyTorch (with these copies, so does float64 and every GPU) computes
