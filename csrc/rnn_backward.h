@@ -25,7 +25,8 @@ class RnnBackward {
   void run() {
     const int64_t wide = 4 * shared.lanes;
     hidden_panels_ = ceil_div(H, wide), input_panels_ = ceil_div(p.input, wide);
-    r_ = scratch_.template take<T>(D * hidden_panels_ * wide * G);
+    // One step whose first state nobody asks about needs no R.
+    if (layout.steps > 1 || out.want_h_0) r_ = scratch_.template take<T>(D * hidden_panels_ * wide * G);
     if (out.x) w_ = scratch_.template take<T>(D * input_panels_ * wide * G);
     d_ = scratch_.template take<T>(D * layout.rows * d_stride());
     zeros_ = scratch_.template take_zeros<T>(k.parts * H);
@@ -49,8 +50,9 @@ class RnnBackward {
     for_workers(workers, [&](int64_t worker) {
       const Share hidden(hidden_panels_, worker, workers), input(input_panels_, worker, workers);
       for (int64_t d = 0; d < D; ++d) {
-        shared.pack_columns(weights(p.weight_hh[d]), H, G, H, hidden.first, hidden.last,
-                            const_cast<T*>(r_at(d)));
+        if (r_)
+          shared.pack_columns(weights(p.weight_hh[d]), H, G, H, hidden.first, hidden.last,
+                              const_cast<T*>(r_at(d)));
         if (out.x)
           shared.pack_columns(weights(p.weight_ih[d]), p.input, G, p.input, input.first, input.last,
                               const_cast<T*>(w_at(d)));
