@@ -4,6 +4,7 @@
 #include "conv_pool_forward.h"
 #include "conv_pool_grad_input.h"
 #include "conv_pool_grad_weight.h"
+#include "conv_pool_winograd.h"
 #include "isa.h"
 
 namespace {
@@ -32,5 +33,7 @@ constexpr cnnrnn::ConvPoolKernelsOf<T> conv_pool_kernels_of() {
 namespace cnnrnn {
 extern const ConvPoolKernels CNNRNN_TABLE(conv_pool);
 const ConvPoolKernels CNNRNN_TABLE(conv_pool) = {conv_pool_kernels_of<float>(),
-                                                 conv_pool_kernels_of<double>()};
+                                                 conv_pool_kernels_of<double>(),
+                                                 {winograd_packed_size, winograd_pack_units, winograd_pack,
+                                                  winograd_units, winograd_scratch_bytes, winograd}};
 }  // namespace cnnrnn

@@ -1,0 +1,352 @@
+// conv_pool forward by Winograd's F(2x2, 3x3), for 3x3 kernels of stride 1: 2.25 times fewer products.
+//
+// A tile is 2x2 outputs of the convolution: a 2x2 pooling window, two 2x1 or 1x2 windows, or four outputs
+// where there is no pool (windows 1x1). One vector runs over tiles, which are numbered through the rows of
+// an image and through the images. A block of tiles goes through three phases:
+//   1. the input transform:  V[place][channel][tile];
+//   2. for some outputs at a time, 16 products:  M[place][output][tile] = U[place][output][channel] * V;
+//   3. the inverse transform of those outputs, with bias, pool, activation and code in registers.
+// Every number is computed by the same operations in the same order wherever its tile stands in a block.
+//
+// Inf and NaN spread over a whole tile, and huge numbers may overflow in between: images with an output
+// that is not finite are reported, and the host computes them again by the direct kernel.
+#pragma once
+
+#include "conv_pool_forward.h"
+#include "conv_pool_winograd_transform.h"
+
+namespace {
+
+constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
+constexpr int kPanelRows = 6;                           // outputs of a register tile
+constexpr int64_t kPanelTiles = kTileVectors * kLanes;  // tiles of a register tile
+constexpr int64_t kBlockOutputs = 4 * kPanelRows;       // outputs of phase 2: M stays in L2 beside V
+constexpr int64_t kBlockTiles = 48;                     // at most, and at least one panel
+constexpr int64_t kTransformedBytes = 384 * 1024;       // of V, where a panel leaves the choice
+constexpr int64_t kSpread = 16;  // floats: places that are a power of 2 apart would share cache sets
+
+struct WinogradPlan {
+  Pair outputs;                   // of one tile after the pool
+  Pair tiles;                     // of an image
+  bool hangs_right, hangs_below;  // the last windows of a row or column reach beyond the map (ceil_mode)
+  int64_t total;                  // tiles of the batch
+  int64_t block;                  // tiles of a block
+  int64_t output_blocks;
+  int64_t weight_stride;       // between outputs in U
+  int64_t v_stride, m_stride;  // between places in V and M
+  int64_t group;               // channels whose input is gathered together
+  int64_t row_stride;          // of gathered input
+  int64_t stage_stride;        // of a row of staged outputs
+
+  explicit WinogradPlan(const ConvPoolShape& s) {
+    outputs = {2 / s.window.h, 2 / s.window.w};
+    tiles = {ceil_div(s.pooled.h, outputs.h), ceil_div(s.pooled.w, outputs.w)};
+    hangs_right = s.window.w == 2 && 2 * s.pooled.w > s.conv.w;
+    hangs_below = s.window.h == 2 && 2 * s.pooled.h > s.conv.h;
+    total = s.batch * tiles.h * tiles.w;
+    const int64_t fits = kTransformedBytes / (kPlaces * s.channels * static_cast<int64_t>(sizeof(float)));
+    block = larger(smaller(fits, kBlockTiles) / kPanelTiles, 1) * kPanelTiles;
+    output_blocks = ceil_div(s.outputs, kBlockOutputs);
+    weight_stride = round_up(s.channels, kLanes);
+    v_stride = round_up(s.channels * block + kLanes, kSpread) + kSpread;
+    m_stride = kBlockOutputs * block + kSpread;
+    group = s.channels_last ? kLanes : 1;
+    row_stride = 2 * smaller(block, tiles.w) + 2 + 2 * kLanes;
+    stage_stride = outputs.w * block + kLanes;
+  }
+
+  // Outputs [first(b), first(b + 1)) are block b.
+  int64_t first_output(const ConvPoolShape& s, int64_t b) const { return s.outputs * b / output_blocks; }
+  int64_t stage_size() const { return kBlockOutputs * outputs.h * stage_stride; }
+  int64_t gathered_size() const { return group * block * 4 * row_stride; }
+};
+
+// Neighbouring tiles in one row of tiles.
+struct TileRun {
+  int64_t image, row, column;  // of the first
+  int64_t tile, count;         // where they stand in their block
+};
+
+inline int64_t winograd_packed_size(const ConvPoolShape& s) {
+  return kPlaces * s.outputs * WinogradPlan(s).weight_stride;
+}
+inline int64_t winograd_pack_units(const ConvPoolShape& s) { return WinogradPlan(s).output_blocks; }
+inline int64_t winograd_units(const ConvPoolShape& s) { return ceil_div(WinogradPlan(s).total, kPanelTiles); }
+
+inline int64_t winograd_scratch_bytes(const ConvPoolShape& s) {
+  const WinogradPlan plan(s);
+  return carved_bytes(kPlaces * plan.v_stride, sizeof(float)) +
+         carved_bytes(kPlaces * plan.m_stride, sizeof(float)) +
+         carved_bytes(plan.gathered_size(), sizeof(float)) +
+         2 * carved_bytes(plan.stage_size(), sizeof(float)) + 3 * carved_bytes(plan.block, sizeof(float)) +
+         carved_bytes(plan.block, sizeof(TileRun));
+}
+
+// weight [K, C, 3, 3] -> for output blocks [begin, end): U[place][output of the block][channel].
+inline void winograd_pack(const ConvPoolShape& s, const float* weight, float* packed, int64_t begin,
+                          int64_t end) {
+  const WinogradPlan plan(s);
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t first = plan.first_output(s, b), count = plan.first_output(s, b + 1) - first;
+    float* u = packed + kPlaces * first * plan.weight_stride;
+    for (int64_t k = 0; k < count; ++k)
+      transform_weights(weight + (first + k) * s.channels * 9, s.channels, u + k * plan.weight_stride,
+                        count * plan.weight_stride);
+  }
+}
+
+// Cuts tiles [first, first + count) of the batch, `tiles` an image, into runs; returns their number.
+inline int64_t winograd_runs(Pair tiles, int64_t first, int64_t count, TileRun* runs) {
+  const int64_t of_image = tiles.h * tiles.w;
+  int64_t found = 0;
+  for (int64_t tile = 0; tile < count; ++found) {
+    const int64_t image = (first + tile) / of_image, place = (first + tile) % of_image;
+    const int64_t row = place / tiles.w, column = place % tiles.w;
+    const int64_t length = smaller(tiles.w - column, count - tile);
+    runs[found] = {image, row, column, tile, length};
+    tile += length;
+  }
+  return found;
+}
+
+// Input rows of a run, zeros where the padding is: channels [c, c + group) to [channel][4][row_stride],
+// channels `distance` apart.
+inline void gather_input(const ConvPoolShape& s, const WinogradPlan& plan, const float* x, const TileRun& run,
+                         int64_t c, float* to, int64_t distance) {
+  const int64_t width = 2 * run.count + 2, left = 2 * run.column - s.padding.w;
+  const int64_t from = smaller(larger(-left, 0), width);
+  const int64_t until = larger(smaller(s.input.w - left, width), from);
+  for (int64_t i = 0; i < 4; ++i, to += plan.row_stride) {
+    const int64_t y = 2 * run.row - s.padding.h + i;
+    const bool outside = y < 0 || y >= s.input.h;
+    const int64_t begin = outside ? width : from, end = outside ? width : until;
+    if (!s.channels_last) {
+      const float* row = x + ((run.image * s.channels + c) * s.input.h + y) * s.input.w + left;
+      for (int64_t j = 0; j < begin; ++j) to[j] = 0;
+      if (begin < end) __builtin_memcpy(to + begin, row + begin, (end - begin) * sizeof(float));
+      for (int64_t j = end; j < width; ++j) to[j] = 0;
+      continue;
+    }
+    const int64_t channels = smaller(plan.group, s.channels - c);
+    const float* row = x + ((run.image * s.input.h + y) * s.input.w + left) * s.channels + c;
+    for (int64_t k = 0; k < channels; ++k) {
+      for (int64_t j = 0; j < begin; ++j) to[k * distance + j] = 0;
+      for (int64_t j = end; j < width; ++j) to[k * distance + j] = 0;
+    }
+    if (begin < end)
+      transpose(row + begin * s.channels, end - begin, channels, s.channels,
+                [&](int64_t k, int64_t j, vf v, int64_t n) { store_n(to + k * distance + begin + j, v, n); });
+  }
+}
+
+// Phase 1. Vectors of the last tiles of a run overlap what comes next: the next run, the next channel or the
+// gap between places, all of which are written later or never read.
+inline void transform_block(const ConvPoolShape& s, const WinogradPlan& plan, const float* x,
+                            const TileRun* runs, int64_t count, float* gathered, float* v) {
+  const int64_t of_run = 4 * plan.row_stride, distance = count * of_run;
+  for (int64_t c = 0; c < s.channels; c += plan.group) {
+    for (int64_t r = 0; r < count; ++r) gather_input(s, plan, x, runs[r], c, gathered + r * of_run, distance);
+    for (int64_t k = 0; k < smaller(plan.group, s.channels - c); ++k)
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t t = 0; t < runs[r].count; t += kLanes)
+          transform_input(gathered + k * distance + r * of_run + 2 * t, plan.row_stride,
+                          v + (c + k) * plan.block + runs[r].tile + t, plan.v_stride);
+  }
+}
+
+// m[R][kPanelTiles] = u[R][channels] * v[channels][kPanelTiles].
+template <int R>
+CNNRNN_APART void multiply(const float* u, int64_t u_stride, const float* v, int64_t v_stride,
+                           int64_t channels, float* m, int64_t m_stride) {
+  vf acc[R][kTileVectors] = {};
+  for (int64_t c = 0; c < channels; ++c, v += v_stride) {
+    vf right[kTileVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileVectors; ++j) right[j] = in_register(loadu(v + j * kLanes));
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+      const vf left = broadcast(u[i * u_stride + c]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileVectors; ++j) acc[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileVectors; ++j) storeu(m + i * m_stride + j * kLanes, acc[i][j]);
+}
+
+// Phase 2 for one place: m[outputs][tiles] = u[outputs][channels] * v[channels][tiles], in panels of rows as
+// even as can be.
+inline void multiply_place(const WinogradPlan& plan, int64_t channels, const float* u, int64_t outputs,
+                           const float* v, int64_t tiles, float* m) {
+  static constexpr decltype(&multiply<1>) of_rows[] = {multiply<1>, multiply<2>, multiply<3>,
+                                                       multiply<4>, multiply<5>, multiply<6>};
+  const int64_t panels = ceil_div(outputs, kPanelRows);
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t first = outputs * p / panels, rows = outputs * (p + 1) / panels - first;
+    for (int64_t t = 0; t < tiles; t += kPanelTiles)
+      of_rows[rows - 1](u + first * plan.weight_stride, plan.weight_stride, v + t, plan.block, channels,
+                        m + first * plan.block + t, plan.block);
+  }
+}
+
+// A finite later value wins if greater; tiles of others are not used.
+template <bool kCodes>
+CNNRNN_INLINE void challenge(vf value, int64_t position, vf& best, Code<float>& code) {
+  if constexpr (kCodes) code = value > best ? code_of<float>(position) : code;
+  best = vmax(value, best);
+}
+
+// Two rows of outputs of a tile, side by side as in the image.
+template <bool kCodes>
+CNNRNN_INLINE void finish_columns(bool relu, const vf (&best)[2], const Code<float> (&code)[2], float* y,
+                                  float* codes) {
+  vf values[2], positions[2];
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    finish<float, kCodes>(relu, best[j], code[j], reinterpret_cast<float*>(&values[j]),
+                          reinterpret_cast<float*>(&positions[j]));
+  }
+  storeu(y, interleave<float, 0>(values[0], values[1]));
+  storeu(y + kLanes, interleave<float, kLanes / 2>(values[0], values[1]));
+  if constexpr (kCodes) {
+    storeu(codes, interleave<float, 0>(positions[0], positions[1]));
+    storeu(codes + kLanes, interleave<float, kLanes / 2>(positions[0], positions[1]));
+  }
+}
+
+// Phase 3 for windows of H x W: ys and codes [outputs][2 / H][stage_stride]. right and below: lanes whose
+// window reaches beyond the map. health: NaN in the lanes of tiles with an output that is not finite.
+template <int H, int W, bool kCodes>
+void inverse_block(const ConvPoolShape& s, const WinogradPlan& plan, const float* m, const float* bias,
+                   int64_t outputs, int64_t tiles, const int32_t* right, const int32_t* below, float* ys,
+                   float* codes, float* health) {
+  for (int64_t t = 0; t < tiles; t += kLanes) {
+    vf sick = loadu(health + t);
+    const vi beyond_right = loadu(right + t), beyond_below = loadu(below + t);
+    for (int64_t k = 0; k < outputs; ++k) {
+      vf y[4];
+      transform_output(m + k * plan.block + t, plan.m_stride, y);
+      const vf shift = broadcast(bias ? bias[k] : 0.0f);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) y[i] += shift;
+      sick += ((y[0] + y[1]) + (y[2] + y[3])) * 0.0f;
+      // Beyond the map stands the pixel before again: a copy never wins.
+      if (H == 2 && plan.hangs_below) {
+        y[2] = beyond_below ? y[0] : y[2];
+        y[3] = beyond_below ? y[1] : y[3];
+      }
+      if (W == 2 && plan.hangs_right) {
+        y[1] = beyond_right ? y[0] : y[1];
+        y[3] = beyond_right ? y[2] : y[3];
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2 / H; ++i) {
+        const int64_t at = (k * (2 / H) + i) * plan.stage_stride + 2 / W * t;
+        vf best[2] = {y[2 * i], y[2 * i + 1]};
+        Code<float> code[2] = {};
+        if constexpr (W == 2) challenge<kCodes>(y[2 * i + 1], 1, best[0], code[0]);
+        if constexpr (H == 2) challenge<kCodes>(y[2], W, best[0], code[0]);
+        if constexpr (H == 2) challenge<kCodes>(y[3], 2 * W - 1, best[W == 2 ? 0 : 1], code[W == 2 ? 0 : 1]);
+        if constexpr (W == 2)
+          finish<float, kCodes>(s.relu, best[0], code[0], ys + at, codes + at);
+        else
+          finish_columns<kCodes>(s.relu, best, code, ys + at, codes + at);
+      }
+    }
+    storeu(health + t, sick);
+  }
+}
+
+using InverseBlock = decltype(&inverse_block<2, 2, true>);
+
+inline InverseBlock inverse_of(const ConvPoolShape& s, bool codes) {
+  static constexpr InverseBlock table[2][2][2] = {{{inverse_block<1, 1, false>, inverse_block<1, 1, true>},
+                                                   {inverse_block<1, 2, false>, inverse_block<1, 2, true>}},
+                                                  {{inverse_block<2, 1, false>, inverse_block<2, 1, true>},
+                                                   {inverse_block<2, 2, false>, inverse_block<2, 2, true>}}};
+  return table[s.window.h - 1][s.window.w - 1][codes];
+}
+
+// Copies the staged outputs [k0, k0 + outputs) of a run to y and code, images of size `map`.
+inline void write_run(const ConvPoolShape& s, const WinogradPlan& plan, Pair map, const TileRun& run,
+                      const float* ys, const float* codes, int64_t k0, int64_t outputs, float* y,
+                      uint8_t* code) {
+  const int64_t column = plan.outputs.w * run.column;
+  const int64_t width = smaller(plan.outputs.w * run.count, map.w - column);
+  const int64_t staged = plan.outputs.h * plan.stage_stride;  // between outputs
+  for (int64_t i = 0; i < plan.outputs.h; ++i) {
+    const int64_t row = plan.outputs.h * run.row + i;
+    if (row >= map.h) return;
+    const int64_t from = i * plan.stage_stride + plan.outputs.w * run.tile;
+    const int64_t pixel = row * map.w + column;
+    if (s.channels_last) {
+      const int64_t to = (run.image * s.windows() + pixel) * s.outputs + k0;
+      transpose(ys + from, outputs, width, staged,
+                [&](int64_t j, int64_t k, vf v, int64_t n) { store_n(y + to + j * s.outputs + k, v, n); });
+      if (code)
+        transpose(codes + from, outputs, width, staged, [&](int64_t j, int64_t k, vf v, int64_t n) {
+          store_codes<float>(code + to + j * s.outputs + k, v, n);
+        });
+      continue;
+    }
+    for (int64_t k = 0; k < outputs; ++k) {
+      const int64_t to = (run.image * s.outputs + k0 + k) * s.windows() + pixel;
+      for (int64_t j = 0; j < width; j += kLanes) {
+        store_n(y + to + j, loadu(ys + k * staged + from + j), width - j);
+        if (code) store_codes<float>(code + to + j, loadu(codes + k * staged + from + j), width - j);
+      }
+    }
+  }
+}
+
+// Tiles of panels [begin, end). not_finite [N]: set to 1 for images whose outputs are to be computed again.
+inline void winograd(const ConvPoolShape& s, const float* x, const float* packed, const float* bias, float* y,
+                     uint8_t* code, uint8_t* not_finite, void* memory, int64_t begin, int64_t end) {
+  const WinogradPlan plan(s);
+  char* scratch = static_cast<char*>(memory);
+  float* v = carve<float>(scratch, kPlaces * plan.v_stride);
+  float* m = carve<float>(scratch, kPlaces * plan.m_stride);
+  float* gathered = carve<float>(scratch, plan.gathered_size());
+  float* ys = carve<float>(scratch, plan.stage_size());
+  float* codes = carve<float>(scratch, plan.stage_size());
+  int32_t* right = carve<int32_t>(scratch, plan.block);
+  int32_t* below = carve<int32_t>(scratch, plan.block);
+  float* health = carve<float>(scratch, plan.block);
+  TileRun* runs = carve<TileRun>(scratch, plan.block);
+  // What follows the last tile of a run takes part in the arithmetic, without effect: it must be numbers.
+  __builtin_memset(memory, 0, reinterpret_cast<char*>(ys) - static_cast<char*>(memory));
+
+  const InverseBlock inverse = inverse_of(s, code != nullptr);
+  const int64_t of_image = plan.tiles.h * plan.tiles.w, last = smaller(end * kPanelTiles, plan.total);
+  // One output a tile: rows follow one another in y without a gap.
+  const bool whole_images = s.window.h * s.window.w == 4;
+  const Pair map = whole_images ? Pair{1, s.windows()} : s.pooled;
+  for (int64_t first = begin * kPanelTiles; first < last; first += plan.block) {
+    const int64_t count = smaller(plan.block, last - first), tiles = round_up(count, kPanelTiles);
+    transform_block(s, plan, x, runs, winograd_runs(plan.tiles, first, count, runs), gathered, v);
+    for (int64_t t = 0; t < plan.block; ++t) {
+      const int64_t place = (first + t) % of_image;
+      right[t] = 2 * (place % plan.tiles.w) + 1 >= s.conv.w ? -1 : 0;
+      below[t] = 2 * (place / plan.tiles.w) + 1 >= s.conv.h ? -1 : 0;
+      health[t] = 0;
+    }
+    const int64_t output_runs =
+        winograd_runs(whole_images ? Pair{1, of_image} : plan.tiles, first, count, runs);
+    for (int64_t b = 0; b < plan.output_blocks; ++b) {
+      const int64_t k = plan.first_output(s, b), outputs = plan.first_output(s, b + 1) - k;
+      const float* u = packed + kPlaces * k * plan.weight_stride;
+      for (int64_t p = 0; p < kPlaces; ++p)
+        multiply_place(plan, s.channels, u + p * outputs * plan.weight_stride, outputs, v + p * plan.v_stride,
+                       tiles, m + p * plan.m_stride);
+      inverse(s, plan, m, bias ? bias + k : nullptr, outputs, tiles, right, below, ys, codes, health);
+      for (int64_t r = 0; r < output_runs; ++r)
+        write_run(s, plan, map, runs[r], ys, codes, k, outputs, y, code);
+    }
+    for (int64_t t = 0; t < count; ++t)
+      if (health[t] != 0) __atomic_store_n(not_finite + (first + t) / of_image, 1, __ATOMIC_RELAXED);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,88 @@
+// The three transforms of Winograd's F(2x2, 3x3): a tile of 2x2 convolution outputs from 4x4 inputs by 16
+// products instead of 36. With d a tile of input and g a kernel,
+//   output = A' [(G g G') * (B' d B)] A,    * element by element, summed over the channels in between.
+// The 16 places of a transformed tile are numbered 4 * row + column.
+// A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016.
+#pragma once
+
+#include "conv_pool_common.h"
+
+namespace {
+
+constexpr int kPlaces = 16;
+
+// G g G' of the kernels of `channels` input channels of one output: weight [channels, 3, 3], place p of
+// channel c to u[p * stride + c]. Writes whole vectors.
+inline void transform_weights(const float* weight, int64_t channels, float* u, int64_t stride) {
+  float last[9 * kLanes] = {};
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const float* at = weight + 9 * c;
+    if (channels - c < kLanes) {
+      __builtin_memcpy(last, at, 9 * (channels - c) * sizeof(float));
+      at = last;
+    }
+    vf g[3][3] = {};
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j)
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) g[i][j][lane] = at[9 * lane + 3 * i + j];
+    const auto combine = [](vf a, vf b, vf c, vf(&row)[4]) {
+      const vf outer = 0.5f * (a + c), inner = 0.5f * b;
+      row[0] = a, row[1] = outer + inner, row[2] = outer - inner, row[3] = c;
+    };
+    vf rows[3][4];  // rows[j][i]: G g
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) combine(g[0][j], g[1][j], g[2][j], rows[j]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      vf places[4];
+      combine(rows[0][i], rows[1][i], rows[2][i], places);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) storeu(u + (4 * i + j) * stride + c, places[j]);
+    }
+  }
+}
+
+// B' d B of kLanes tiles side by side. d: 4 rows, row_stride apart, of 2 * kLanes + 2 numbers each; place p
+// to v[p * stride ...].
+CNNRNN_INLINE void transform_input(const float* d, int64_t row_stride, float* v, int64_t stride) {
+  const auto combine = [](vf a, vf b, vf c, vf d, vf(&row)[4]) {
+    row[0] = a - c, row[1] = b + c, row[2] = c - b, row[3] = b - d;
+  };
+  vf rows[4][4];  // rows[i][j]: d B
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const float* at = d + i * row_stride;
+    const vf a = loadu(at), b = loadu(at + kLanes), c = loadu(at + 2), e = loadu(at + 2 + kLanes);
+    combine(every_other<float, 0>(a, b), every_other<float, 1>(a, b), every_other<float, 0>(c, e),
+            every_other<float, 1>(c, e), rows[i]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    vf places[4];
+    combine(rows[0][j], rows[1][j], rows[2][j], rows[3][j], places);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) storeu(v + (4 * i + j) * stride, places[i]);
+  }
+}
+
+// A' m A of kLanes tiles: y[2 * row + column] of each. Place p stands at m[p * stride].
+CNNRNN_INLINE void transform_output(const float* m, int64_t stride, vf (&y)[4]) {
+  vf columns[4][2];  // m A
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const float* at = m + 4 * i * stride;
+    const vf b = loadu(at + stride), c = loadu(at + 2 * stride);
+    columns[i][0] = loadu(at) + (b + c);
+    columns[i][1] = (b - c) - loadu(at + 3 * stride);
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    y[j] = columns[0][j] + (columns[1][j] + columns[2][j]);
+    y[2 + j] = (columns[1][j] - columns[2][j]) - columns[3][j];
+  }
+}
+
+}  // namespace
