@@ -4,6 +4,7 @@ import torch
 
 from cnnrnn_ext import reference
 from cnnrnn_ext._double_backward import double_backward
+from cnnrnn_ext._operator_conv_pool import DEAD
 
 
 def setup(ctx, inputs, output):
@@ -15,12 +16,29 @@ def setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+def _no_pool(stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, *rest):
+    return [*pool_size, *pool_stride] == [1, 1, 1, 1]
+
+
+def _dense_backward(grad_y, x, weight, bias, code, config, need):
+    """Where every output of the convolution has a gradient, the sparse kernels would be the slower ones."""
+    stride, padding, dilation, groups, *_ = config
+    need = [*need[:2], need[2] and bias is not None]
+    grad = torch.where(code == DEAD, 0, grad_y)
+    grads = torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, need
+    )
+    return [g if n else None for g, n in zip(grads, need, strict=True)]
+
+
 def backward_formula(ctx, grad_y, grad_code):
     x, weight, bias, code = ctx.saved_tensors
     nothing = (None,) * len(ctx.config)
     if grad_y is None:
         return (None, None, None, *nothing)
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    if _no_pool(*ctx.config):
+        return (*_dense_backward(grad_y, x, weight, bias, code, ctx.config, need), *nothing)
     grads = torch.ops.cnnrnn_ext.conv_pool2d_backward(grad_y, x, weight, bias, code, *ctx.config, *need)
     return (*(g if n else None for g, n in zip(grads, need, strict=True)), *nothing)
 

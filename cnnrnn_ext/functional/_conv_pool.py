@@ -18,6 +18,13 @@ from cnnrnn_ext.ops import CODE_POSITIONS
 
 PRECISIONS = ("highest", "high")
 LARGE_PADDING = 256
+NO_POOL = {
+    "pool": "max",
+    "pool_size": (1, 1),
+    "pool_stride": (1, 1),
+    "pool_padding": (0, 0),
+    "ceil_mode": False,
+}
 
 
 def conv_pool2d(
@@ -89,10 +96,13 @@ def conv_pool2d(
         "pool_padding": pool_padding,
         "ceil_mode": ceil_mode,
     }
-    uncovered = uneven or _conv_pool2d_uncovered(x, weight, pads, activation, pool, pool_size)
+    conv = stride, pads, dilation, groups
+    uncovered = uneven or _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size)
     if not use_compiled("conv_pool2d", x, uncovered):
         return reference.conv_pool2d(input, weight, bias, stride, padding, dilation, groups, **options)
 
+    if pool == "none":  # to the operators a pool of windows of one position
+        options |= NO_POOL
     train = needs_grad(x, weight, bias)
     operator = torch.ops.cnnrnn_ext.conv_pool2d_train if train else torch.ops.cnnrnn_ext.conv_pool2d
     y = operator(x, weight, bias, stride, pads, dilation, groups, *options.values())
@@ -150,15 +160,32 @@ def conv_pool1d(
     return y.squeeze(-2)
 
 
-def _conv_pool2d_uncovered(x, weight, padding, activation, pool, pool_size):
-    """Why the kernels do not serve this configuration, or None."""
-    if pool != "max":
-        return f"no kernel for pool={pool!r}"
+def _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
+    """Why the kernels do not serve this configuration, or None. conv: stride, padding, dilation, groups."""
+    if pool == "avg":
+        return "no kernel for pool='avg'"
+    if pool == "none" and not _winograd_serves(x, weight, conv):
+        return "pool='none' has a kernel for float32 3x3 convolutions of stride 1 and 16 channels on a CPU only"
     if activation not in ("relu", "none"):
         return f"no kernel for activation={activation!r}"
     if pool_size[0] * pool_size[1] > CODE_POSITIONS:
         return f"no kernel for pooling windows of more than {CODE_POSITIONS} positions"
     # The kernels copy x with its padding, so their memory grows with it.
+    padding = conv[1]
     if any(padding[d] > LARGE_PADDING + x.shape[d + 2] for d in (0, 1)):
         return f"no kernel for a padding of {LARGE_PADDING} more than the input"
     return None
+
+
+def _winograd_serves(x, weight, conv):
+    """Whether the CPU's Winograd kernel takes this convolution: csrc/conv_pool_winograd.h has the rule."""
+    stride, _, dilation, groups = conv
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and tuple(weight.shape[2:]) == (3, 3)
+        and tuple(stride) == tuple(dilation) == (1, 1)
+        and groups == 1
+        and weight.shape[1] >= 16
+        and weight.shape[0] >= 8
+    )

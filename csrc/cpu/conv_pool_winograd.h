@@ -13,59 +13,9 @@
 #pragma once
 
 #include "conv_pool_forward.h"
-#include "conv_pool_winograd_transform.h"
+#include "conv_pool_winograd_input.h"
 
 namespace {
-
-constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
-constexpr int kPanelRows = 6;                           // outputs of a register tile
-constexpr int64_t kPanelTiles = kTileVectors * kLanes;  // tiles of a register tile
-constexpr int64_t kBlockOutputs = 4 * kPanelRows;       // outputs of phase 2: M stays in L2 beside V
-constexpr int64_t kBlockTiles = 48;                     // at most, and at least one panel
-constexpr int64_t kTransformedBytes = 384 * 1024;       // of V, where a panel leaves the choice
-constexpr int64_t kSpread = 16;  // floats: places that are a power of 2 apart would share cache sets
-
-struct WinogradPlan {
-  Pair outputs;                   // of one tile after the pool
-  Pair tiles;                     // of an image
-  bool hangs_right, hangs_below;  // the last windows of a row or column reach beyond the map (ceil_mode)
-  int64_t total;                  // tiles of the batch
-  int64_t block;                  // tiles of a block
-  int64_t output_blocks;
-  int64_t weight_stride;       // between outputs in U
-  int64_t v_stride, m_stride;  // between places in V and M
-  int64_t group;               // channels whose input is gathered together
-  int64_t row_stride;          // of gathered input
-  int64_t stage_stride;        // of a row of staged outputs
-
-  explicit WinogradPlan(const ConvPoolShape& s) {
-    outputs = {2 / s.window.h, 2 / s.window.w};
-    tiles = {ceil_div(s.pooled.h, outputs.h), ceil_div(s.pooled.w, outputs.w)};
-    hangs_right = s.window.w == 2 && 2 * s.pooled.w > s.conv.w;
-    hangs_below = s.window.h == 2 && 2 * s.pooled.h > s.conv.h;
-    total = s.batch * tiles.h * tiles.w;
-    const int64_t fits = kTransformedBytes / (kPlaces * s.channels * static_cast<int64_t>(sizeof(float)));
-    block = larger(smaller(fits, kBlockTiles) / kPanelTiles, 1) * kPanelTiles;
-    output_blocks = ceil_div(s.outputs, kBlockOutputs);
-    weight_stride = round_up(s.channels, kLanes);
-    v_stride = round_up(s.channels * block + kLanes, kSpread) + kSpread;
-    m_stride = kBlockOutputs * block + kSpread;
-    group = s.channels_last ? kLanes : 1;
-    row_stride = 2 * smaller(block, tiles.w) + 2 + 2 * kLanes;
-    stage_stride = outputs.w * block + kLanes;
-  }
-
-  // Outputs [first(b), first(b + 1)) are block b.
-  int64_t first_output(const ConvPoolShape& s, int64_t b) const { return s.outputs * b / output_blocks; }
-  int64_t stage_size() const { return kBlockOutputs * outputs.h * stage_stride; }
-  int64_t gathered_size() const { return group * block * 4 * row_stride; }
-};
-
-// Neighbouring tiles in one row of tiles.
-struct TileRun {
-  int64_t image, row, column;  // of the first
-  int64_t tile, count;         // where they stand in their block
-};
 
 inline int64_t winograd_packed_size(const ConvPoolShape& s) {
   return kPlaces * s.outputs * WinogradPlan(s).weight_stride;
@@ -77,9 +27,10 @@ inline int64_t winograd_scratch_bytes(const ConvPoolShape& s) {
   const WinogradPlan plan(s);
   return carved_bytes(kPlaces * plan.v_stride, sizeof(float)) +
          carved_bytes(kPlaces * plan.m_stride, sizeof(float)) +
-         carved_bytes(plan.gathered_size(), sizeof(float)) +
+         carved_bytes(plan.gathered_size(s), sizeof(float)) +
          2 * carved_bytes(plan.stage_size(), sizeof(float)) + 3 * carved_bytes(plan.block, sizeof(float)) +
-         carved_bytes(plan.block, sizeof(TileRun));
+         carved_bytes(plan.stage_stride, 1) + carved_bytes(plan.block, sizeof(TileRun)) +
+         carved_bytes(plan.vectors(s), sizeof(TileVector));
 }
 
 // weight [K, C, 3, 3] -> for output blocks [begin, end): U[place][output of the block][channel].
@@ -92,65 +43,6 @@ inline void winograd_pack(const ConvPoolShape& s, const float* weight, float* pa
     for (int64_t k = 0; k < count; ++k)
       transform_weights(weight + (first + k) * s.channels * 9, s.channels, u + k * plan.weight_stride,
                         count * plan.weight_stride);
-  }
-}
-
-// Cuts tiles [first, first + count) of the batch, `tiles` an image, into runs; returns their number.
-inline int64_t winograd_runs(Pair tiles, int64_t first, int64_t count, TileRun* runs) {
-  const int64_t of_image = tiles.h * tiles.w;
-  int64_t found = 0;
-  for (int64_t tile = 0; tile < count; ++found) {
-    const int64_t image = (first + tile) / of_image, place = (first + tile) % of_image;
-    const int64_t row = place / tiles.w, column = place % tiles.w;
-    const int64_t length = smaller(tiles.w - column, count - tile);
-    runs[found] = {image, row, column, tile, length};
-    tile += length;
-  }
-  return found;
-}
-
-// Input rows of a run, zeros where the padding is: channels [c, c + group) to [channel][4][row_stride],
-// channels `distance` apart.
-inline void gather_input(const ConvPoolShape& s, const WinogradPlan& plan, const float* x, const TileRun& run,
-                         int64_t c, float* to, int64_t distance) {
-  const int64_t width = 2 * run.count + 2, left = 2 * run.column - s.padding.w;
-  const int64_t from = smaller(larger(-left, 0), width);
-  const int64_t until = larger(smaller(s.input.w - left, width), from);
-  for (int64_t i = 0; i < 4; ++i, to += plan.row_stride) {
-    const int64_t y = 2 * run.row - s.padding.h + i;
-    const bool outside = y < 0 || y >= s.input.h;
-    const int64_t begin = outside ? width : from, end = outside ? width : until;
-    if (!s.channels_last) {
-      const float* row = x + ((run.image * s.channels + c) * s.input.h + y) * s.input.w + left;
-      for (int64_t j = 0; j < begin; ++j) to[j] = 0;
-      if (begin < end) __builtin_memcpy(to + begin, row + begin, (end - begin) * sizeof(float));
-      for (int64_t j = end; j < width; ++j) to[j] = 0;
-      continue;
-    }
-    const int64_t channels = smaller(plan.group, s.channels - c);
-    const float* row = x + ((run.image * s.input.h + y) * s.input.w + left) * s.channels + c;
-    for (int64_t k = 0; k < channels; ++k) {
-      for (int64_t j = 0; j < begin; ++j) to[k * distance + j] = 0;
-      for (int64_t j = end; j < width; ++j) to[k * distance + j] = 0;
-    }
-    if (begin < end)
-      transpose(row + begin * s.channels, end - begin, channels, s.channels,
-                [&](int64_t k, int64_t j, vf v, int64_t n) { store_n(to + k * distance + begin + j, v, n); });
-  }
-}
-
-// Phase 1. Vectors of the last tiles of a run overlap what comes next: the next run, the next channel or the
-// gap between places, all of which are written later or never read.
-inline void transform_block(const ConvPoolShape& s, const WinogradPlan& plan, const float* x,
-                            const TileRun* runs, int64_t count, float* gathered, float* v) {
-  const int64_t of_run = 4 * plan.row_stride, distance = count * of_run;
-  for (int64_t c = 0; c < s.channels; c += plan.group) {
-    for (int64_t r = 0; r < count; ++r) gather_input(s, plan, x, runs[r], c, gathered + r * of_run, distance);
-    for (int64_t k = 0; k < smaller(plan.group, s.channels - c); ++k)
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t t = 0; t < runs[r].count; t += kLanes)
-          transform_input(gathered + k * distance + r * of_run + 2 * t, plan.row_stride,
-                          v + (c + k) * plan.block + runs[r].tile + t, plan.v_stride);
   }
 }
 
@@ -269,34 +161,54 @@ inline InverseBlock inverse_of(const ConvPoolShape& s, bool codes) {
   return table[s.window.h - 1][s.window.w - 1][codes];
 }
 
-// Copies the staged outputs [k0, k0 + outputs) of a run to y and code, images of size `map`.
-inline void write_run(const ConvPoolShape& s, const WinogradPlan& plan, Pair map, const TileRun& run,
-                      const float* ys, const float* codes, int64_t k0, int64_t outputs, float* y,
-                      uint8_t* code) {
-  const int64_t column = plan.outputs.w * run.column;
-  const int64_t width = smaller(plan.outputs.w * run.count, map.w - column);
+// Copies of a few numbers, which a call of the C library's would take as long as.
+CNNRNN_INLINE void copy_row(float* to, const float* from, int64_t n) {
+  if (n < kLanes) {
+    for (int64_t j = 0; j < n; ++j) to[j] = from[j];
+    return;
+  }
+  for (int64_t j = 0; j + kLanes < n; j += kLanes) storeu(to + j, loadu(from + j));
+  storeu(to + n - kLanes, loadu(from + n - kLanes));
+}
+
+// Copies the staged outputs [k0, k0 + outputs) to y and code, images of size `map`. bytes: one staged row.
+inline void write_block(const ConvPoolShape& s, const WinogradPlan& plan, Pair map, const TileRun* runs,
+                        int64_t count, const float* ys, const float* codes, uint8_t* bytes, int64_t k0,
+                        int64_t outputs, float* y, uint8_t* code) {
+  // Calls copy(where it stands in a staged row, pixel of the batch's images, pixels) for each run of a row.
+  const auto for_each_run = [&](int64_t i, const auto& copy) {
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = plan.outputs.h * runs[r].row + i, column = plan.outputs.w * runs[r].column;
+      if (row >= map.h) continue;
+      copy(plan.outputs.w * runs[r].tile, runs[r].image, row * map.w + column,
+           smaller(plan.outputs.w * runs[r].count, map.w - column));
+    }
+  };
   const int64_t staged = plan.outputs.h * plan.stage_stride;  // between outputs
-  for (int64_t i = 0; i < plan.outputs.h; ++i) {
-    const int64_t row = plan.outputs.h * run.row + i;
-    if (row >= map.h) return;
-    const int64_t from = i * plan.stage_stride + plan.outputs.w * run.tile;
-    const int64_t pixel = row * map.w + column;
+  for (int64_t i = 0; i < plan.outputs.h; ++i, ys += plan.stage_stride, codes += plan.stage_stride) {
     if (s.channels_last) {
-      const int64_t to = (run.image * s.windows() + pixel) * s.outputs + k0;
-      transpose(ys + from, outputs, width, staged,
-                [&](int64_t j, int64_t k, vf v, int64_t n) { store_n(y + to + j * s.outputs + k, v, n); });
-      if (code)
-        transpose(codes + from, outputs, width, staged, [&](int64_t j, int64_t k, vf v, int64_t n) {
-          store_codes<float>(code + to + j * s.outputs + k, v, n);
-        });
+      for_each_run(i, [&](int64_t from, int64_t image, int64_t pixel, int64_t width) {
+        const int64_t to = (image * s.windows() + pixel) * s.outputs + k0;
+        transpose(ys + from, outputs, width, staged,
+                  [&](int64_t j, int64_t k, vf v, int64_t n) { store_n(y + to + j * s.outputs + k, v, n); });
+        if (code)
+          transpose(codes + from, outputs, width, staged, [&](int64_t j, int64_t k, vf v, int64_t n) {
+            store_codes<float>(code + to + j * s.outputs + k, v, n);
+          });
+      });
       continue;
     }
     for (int64_t k = 0; k < outputs; ++k) {
-      const int64_t to = (run.image * s.outputs + k0 + k) * s.windows() + pixel;
-      for (int64_t j = 0; j < width; j += kLanes) {
-        store_n(y + to + j, loadu(ys + k * staged + from + j), width - j);
-        if (code) store_codes<float>(code + to + j, loadu(codes + k * staged + from + j), width - j);
-      }
+      const float* row = ys + k * staged;
+      for_each_run(i, [&](int64_t from, int64_t image, int64_t pixel, int64_t width) {
+        copy_row(y + (image * s.outputs + k0 + k) * s.windows() + pixel, row + from, width);
+      });
+      if (!code) continue;
+      for (int64_t j = 0; j < plan.stage_stride; j += kLanes)
+        store_codes<float>(bytes + j, loadu(codes + k * staged + j), kLanes);
+      for_each_run(i, [&](int64_t from, int64_t image, int64_t pixel, int64_t width) {
+        __builtin_memcpy(code + (image * s.outputs + k0 + k) * s.windows() + pixel, bytes + from, width);
+      });
     }
   }
 }
@@ -308,13 +220,15 @@ inline void winograd(const ConvPoolShape& s, const float* x, const float* packed
   char* scratch = static_cast<char*>(memory);
   float* v = carve<float>(scratch, kPlaces * plan.v_stride);
   float* m = carve<float>(scratch, kPlaces * plan.m_stride);
-  float* gathered = carve<float>(scratch, plan.gathered_size());
+  float* gathered = carve<float>(scratch, plan.gathered_size(s));
   float* ys = carve<float>(scratch, plan.stage_size());
   float* codes = carve<float>(scratch, plan.stage_size());
+  uint8_t* bytes = carve<uint8_t>(scratch, plan.stage_stride);
   int32_t* right = carve<int32_t>(scratch, plan.block);
   int32_t* below = carve<int32_t>(scratch, plan.block);
   float* health = carve<float>(scratch, plan.block);
   TileRun* runs = carve<TileRun>(scratch, plan.block);
+  TileVector* vectors = carve<TileVector>(scratch, plan.vectors(s));
   // What follows the last tile of a run takes part in the arithmetic, without effect: it must be numbers.
   __builtin_memset(memory, 0, reinterpret_cast<char*>(ys) - static_cast<char*>(memory));
 
@@ -325,7 +239,11 @@ inline void winograd(const ConvPoolShape& s, const float* x, const float* packed
   const Pair map = whole_images ? Pair{1, s.windows()} : s.pooled;
   for (int64_t first = begin * kPanelTiles; first < last; first += plan.block) {
     const int64_t count = smaller(plan.block, last - first), tiles = round_up(count, kPanelTiles);
-    transform_block(s, plan, x, runs, winograd_runs(plan.tiles, first, count, runs), gathered, v);
+    const int64_t input_runs = winograd_runs(plan.tiles, first, count, runs);
+    if (s.channels_last)
+      transform_pixels(s, plan, x, runs, input_runs, gathered, v);
+    else
+      transform_planes(s, plan, x, vectors, tile_vectors(s, runs, input_runs, vectors), v);
     for (int64_t t = 0; t < plan.block; ++t) {
       const int64_t place = (first + t) % of_image;
       right[t] = 2 * (place % plan.tiles.w) + 1 >= s.conv.w ? -1 : 0;
@@ -341,8 +259,7 @@ inline void winograd(const ConvPoolShape& s, const float* x, const float* packed
         multiply_place(plan, s.channels, u + p * outputs * plan.weight_stride, outputs, v + p * plan.v_stride,
                        tiles, m + p * plan.m_stride);
       inverse(s, plan, m, bias ? bias + k : nullptr, outputs, tiles, right, below, ys, codes, health);
-      for (int64_t r = 0; r < output_runs; ++r)
-        write_run(s, plan, map, runs[r], ys, codes, k, outputs, y, code);
+      write_block(s, plan, map, runs, output_runs, ys, codes, bytes, k, outputs, y, code);
     }
     for (int64_t t = 0; t < count; ++t)
       if (health[t] != 0) __atomic_store_n(not_finite + (first + t) / of_image, 1, __ATOMIC_RELAXED);

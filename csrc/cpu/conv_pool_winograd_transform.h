@@ -21,13 +21,14 @@ inline void transform_weights(const float* weight, int64_t channels, float* u, i
       __builtin_memcpy(last, at, 9 * (channels - c) * sizeof(float));
       at = last;
     }
-    vf g[3][3] = {};
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i)
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j)
+    vf g[3][3];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) {
+      vf lanes{};
 #pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes; ++lane) g[i][j][lane] = at[9 * lane + 3 * i + j];
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = at[9 * lane + tap];
+      g[tap / 3][tap % 3] = lanes;
+    }
     const auto combine = [](vf a, vf b, vf c, vf(&row)[4]) {
       const vf outer = 0.5f * (a + c), inner = 0.5f * b;
       row[0] = a, row[1] = outer + inner, row[2] = outer - inner, row[3] = c;
@@ -45,20 +46,14 @@ inline void transform_weights(const float* weight, int64_t channels, float* u, i
   }
 }
 
-// B' d B of kLanes tiles side by side. d: 4 rows, row_stride apart, of 2 * kLanes + 2 numbers each; place p
-// to v[p * stride ...].
-CNNRNN_INLINE void transform_input(const float* d, int64_t row_stride, float* v, int64_t stride) {
+// B' d B of kLanes tiles side by side: column j of tile t is d[row][j][t]; place p to v[p * stride ...].
+CNNRNN_INLINE void transform_input(const vf (&d)[4][4], float* v, int64_t stride) {
   const auto combine = [](vf a, vf b, vf c, vf d, vf(&row)[4]) {
     row[0] = a - c, row[1] = b + c, row[2] = c - b, row[3] = b - d;
   };
-  vf rows[4][4];  // rows[i][j]: d B
+  vf rows[4][4];  // d B
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const float* at = d + i * row_stride;
-    const vf a = loadu(at), b = loadu(at + kLanes), c = loadu(at + 2), e = loadu(at + 2 + kLanes);
-    combine(every_other<float, 0>(a, b), every_other<float, 1>(a, b), every_other<float, 0>(c, e),
-            every_other<float, 1>(c, e), rows[i]);
-  }
+  for (int i = 0; i < 4; ++i) combine(d[i][0], d[i][1], d[i][2], d[i][3], rows[i]);
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     vf places[4];
