@@ -1,4 +1,4 @@
-"""3x3 convolutions by Winograd's algorithm on the CPU: error, ties, gradients, special values, repeatability."""
+"""3x3 convolutions by Winograd's algorithm on the CPU: error, ties, gradients, special values, same bits."""
 
 import functools
 
@@ -65,7 +65,7 @@ def test_error_of_outputs(compiled, shape, pool, padding, activation, channels_l
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize(("shape", "pool", "padding"), CASES)
 def test_ties_and_gradients(compiled, shape, pool, padding, activation, channels_last):
-    """Small whole numbers stay exact in all three transforms: every code is torch's, and so every gradient."""
+    """Small whole numbers stay exact in all transforms: every code is torch's, and so every gradient."""
     ours, stock = both(padding=padding, activation=activation, **POOLS[pool])
     tensors = whole(conv_tensors(*SHAPES[shape]))
     if channels_last:
@@ -115,7 +115,7 @@ def test_second_derivative_without_pool(compiled):
 @pytest.mark.parametrize("pool", ["max 2x2", "max 2x1", "none"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38])
 def test_special_values_stay_where_they_are(compiled, value, pool):
-    """inf spreads as NaN through a tile, and 3e38 overflows in the transforms: the direct kernel takes over."""
+    """inf spreads as NaN through a tile, 3e38 overflows in the transforms: the direct kernel takes over."""
     ours, stock = both(activation="none", **POOLS[pool])
     tensors = conv_tensors(3, 16, 12, 12, 8, 3)
     tensors["weight"] /= 8

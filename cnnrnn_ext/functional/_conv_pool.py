@@ -165,7 +165,7 @@ def _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
     if pool == "avg":
         return "no kernel for pool='avg'"
     if pool == "none" and not _winograd_serves(x, weight, conv):
-        return "pool='none' has a kernel for float32 3x3 convolutions of stride 1 and 16 channels on a CPU only"
+        return "pool='none' has a kernel only on the CPU, for float32, 3x3, stride 1 and 16 channels or more"
     if activation not in ("relu", "none"):
         return f"no kernel for activation={activation!r}"
     if pool_size[0] * pool_size[1] > CODE_POSITIONS:
