@@ -13,18 +13,12 @@ from cnnrnn_ext._checks import (
     pool_arguments,
     shape_of,
 )
+from cnnrnn_ext._operator_conv_pool import NO_POOL, winograd_serves
 from cnnrnn_ext.functional._common import autocast, needs_grad
 from cnnrnn_ext.ops import CODE_POSITIONS
 
 PRECISIONS = ("highest", "high")
 LARGE_PADDING = 256
-NO_POOL = {
-    "pool": "max",
-    "pool_size": (1, 1),
-    "pool_stride": (1, 1),
-    "pool_padding": (0, 0),
-    "ceil_mode": False,
-}
 
 
 def conv_pool2d(
@@ -164,28 +158,14 @@ def _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
     """Why the kernels do not serve this configuration, or None. conv: stride, padding, dilation, groups."""
     if pool == "avg":
         return "no kernel for pool='avg'"
-    if pool == "none" and not _winograd_serves(x, weight, conv):
-        return "pool='none' has a kernel only on the CPU, for float32, 3x3, stride 1 and 16 channels or more"
+    stride, padding, dilation, groups = conv
+    if pool == "none" and not winograd_serves(x, weight, stride, dilation, groups):
+        return "pool='none' has a kernel only on the CPU, for float32, 3x3, stride 1 and 8 channels or more"
     if activation not in ("relu", "none"):
         return f"no kernel for activation={activation!r}"
     if pool_size[0] * pool_size[1] > CODE_POSITIONS:
         return f"no kernel for pooling windows of more than {CODE_POSITIONS} positions"
     # The kernels copy x with its padding, so their memory grows with it.
-    padding = conv[1]
     if any(padding[d] > LARGE_PADDING + x.shape[d + 2] for d in (0, 1)):
         return f"no kernel for a padding of {LARGE_PADDING} more than the input"
     return None
-
-
-def _winograd_serves(x, weight, conv):
-    """Whether the CPU's Winograd kernel takes this convolution: csrc/conv_pool_winograd.h has the rule."""
-    stride, _, dilation, groups = conv
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and tuple(weight.shape[2:]) == (3, 3)
-        and tuple(stride) == tuple(dilation) == (1, 1)
-        and groups == 1
-        and weight.shape[1] >= 16
-        and weight.shape[0] >= 8
-    )
