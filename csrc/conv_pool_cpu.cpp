@@ -255,19 +255,28 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
   const bool single = grad_y.scalar_type() == ScalarType::Float;
   const Tensor none = empty_like_of(grad_y, {0});
   Tensor grad_x = none, grad_weight = none, grad_bias = none;
+  const bool dense = single && winograd_backward_pays(s);
+  const Tensor alive = dense ? alive_gradient(grad_y, code, s) : none;
   if (need_x) {
     const Tensor weight = in_layout(weight_any, false);
     grad_x = empty_image(grad_y, s, s.channels, s.input, grad_y.scalar_type());
-    (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad_y, weight, code, grad_x);
+    if (dense)
+      run_winograd(kernels().winograd, input_gradient_shape(s), alive, mirrored_weight(weight, s),
+                   std::nullopt, grad_x, nullptr, run_direct<float>);
+    else
+      (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad_y, weight, code, grad_x);
   }
   if (need_weight || need_bias) {
     const Tensor x = in_layout(x_any, s.channels_last);
     if (need_weight)
       grad_weight = empty_like_of(grad_y, {s.outputs, s.group_channels(), s.kernel.h, s.kernel.w});
     if (need_bias) grad_bias = empty_like_of(grad_y, {s.outputs});
-    (single ? run_weight_gradient<float> : run_weight_gradient<double>)(s, grad_y, x, code,
-                                                                        need_weight ? &grad_weight : nullptr,
-                                                                        need_bias ? &grad_bias : nullptr);
+    Tensor* const of_weight = need_weight ? &grad_weight : nullptr;
+    Tensor* const of_bias = need_bias ? &grad_bias : nullptr;
+    const bool done = dense && run_winograd_weight(kernels().winograd, s, in_layout(alive, false),
+                                                   in_layout(x, false), of_weight, of_bias);
+    const auto run = single ? run_weight_gradient<float> : run_weight_gradient<double>;
+    if (!done) run(s, grad_y, x, code, of_weight, of_bias);
   }
   return {grad_x, grad_weight, grad_bias};
 }

@@ -14,6 +14,7 @@
 
 #include "conv_pool_forward.h"
 #include "conv_pool_winograd_input.h"
+#include "conv_pool_winograd_product.h"
 
 namespace {
 
@@ -43,43 +44,6 @@ inline void winograd_pack(const ConvPoolShape& s, const float* weight, float* pa
     for (int64_t k = 0; k < count; ++k)
       transform_weights(weight + (first + k) * s.channels * 9, s.channels, u + k * plan.weight_stride,
                         count * plan.weight_stride);
-  }
-}
-
-// m[R][kPanelTiles] = u[R][channels] * v[channels][kPanelTiles].
-template <int R>
-CNNRNN_APART void multiply(const float* u, int64_t u_stride, const float* v, int64_t v_stride,
-                           int64_t channels, float* m, int64_t m_stride) {
-  vf acc[R][kTileVectors] = {};
-  for (int64_t c = 0; c < channels; ++c, v += v_stride) {
-    vf right[kTileVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileVectors; ++j) right[j] = in_register(loadu(v + j * kLanes));
-#pragma GCC unroll 6
-    for (int i = 0; i < R; ++i) {
-      const vf left = broadcast(u[i * u_stride + c]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kTileVectors; ++j) acc[i][j] += left * right[j];
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileVectors; ++j) storeu(m + i * m_stride + j * kLanes, acc[i][j]);
-}
-
-// Phase 2 for one place: m[outputs][tiles] = u[outputs][channels] * v[channels][tiles], in panels of rows as
-// even as can be.
-inline void multiply_place(const WinogradPlan& plan, int64_t channels, const float* u, int64_t outputs,
-                           const float* v, int64_t tiles, float* m) {
-  static constexpr decltype(&multiply<1>) of_rows[] = {multiply<1>, multiply<2>, multiply<3>,
-                                                       multiply<4>, multiply<5>, multiply<6>};
-  const int64_t panels = ceil_div(outputs, kPanelRows);
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t first = outputs * p / panels, rows = outputs * (p + 1) / panels - first;
-    for (int64_t t = 0; t < tiles; t += kPanelTiles)
-      of_rows[rows - 1](u + first * plan.weight_stride, plan.weight_stride, v + t, plan.block, channels,
-                        m + first * plan.block + t, plan.block);
   }
 }
 
@@ -256,8 +220,9 @@ inline void winograd(const ConvPoolShape& s, const float* x, const float* packed
       const int64_t k = plan.first_output(s, b), outputs = plan.first_output(s, b + 1) - k;
       const float* u = packed + kPlaces * k * plan.weight_stride;
       for (int64_t p = 0; p < kPlaces; ++p)
-        multiply_place(plan, s.channels, u + p * outputs * plan.weight_stride, outputs, v + p * plan.v_stride,
-                       tiles, m + p * plan.m_stride);
+        multiply_place<false>(u + p * outputs * plan.weight_stride, plan.weight_stride, outputs,
+                              v + p * plan.v_stride, plan.block, tiles, s.channels, m + p * plan.m_stride,
+                              plan.block);
       inverse(s, plan, m, bias ? bias + k : nullptr, outputs, tiles, right, below, ys, codes, health);
       write_block(s, plan, map, runs, output_runs, ys, codes, bytes, k, outputs, y, code);
     }

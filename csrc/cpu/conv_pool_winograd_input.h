@@ -107,42 +107,53 @@ inline int64_t tile_vectors(const ConvPoolShape& s, const TileRun* runs, int64_t
   return found;
 }
 
-// Phase 1, NCHW. What a vector reads beside its image's rows is masked; only beyond x itself must it not
-// read. Its last lanes may belong to no tile of the run: what they write is written again later, by the next
-// vector or channel, or lies in the gap between places.
+// The first R rows and C columns of a vector's tiles, from plane `plane` of x, which ends at `end`. What a
+// row reads beside the image is masked; only beyond x itself must it not read.
+template <int R, int C>
+CNNRNN_INLINE void load_tiles(const float* x, const float* end, const float* plane, const TileVector& vector,
+                              vf (&d)[R][C]) {
+  constexpr int64_t kReads = 2 * kLanes + 2;
+  static constexpr float zeros[kReads] = {};
+  float copy[kReads];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const float* row = vector.zero_rows[r] ? zeros : plane + vector.rows[r];
+    if (!vector.zero_rows[r] && (row < x || row > end - kReads)) {
+      for (int64_t j = 0; j < kReads; ++j) copy[j] = row + j >= x && row + j < end ? row[j] : 0;
+      row = copy;
+    }
+    const vf a = loadu(row), b = loadu(row + kLanes);
+    d[r][0] = every_other<float, 0>(a, b), d[r][1] = every_other<float, 1>(a, b);
+    if constexpr (C == 4) {
+      const vf e = loadu(row + 2), f = loadu(row + 2 + kLanes);
+      d[r][2] = every_other<float, 0>(e, f), d[r][3] = every_other<float, 1>(e, f);
+    }
+  }
+  if (!vector.at_edge) return;
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j)
+      d[r][j] = reinterpret_cast<vf>(reinterpret_cast<vi>(d[r][j]) & loadu(vector.inside[j]));
+}
+
+// Phase 1, NCHW. The last lanes of a vector may belong to no tile of its run: what they write is written
+// again later, by the next vector or channel, or lies in the gap between places.
 inline void transform_planes(const ConvPoolShape& s, const WinogradPlan& plan, const float* x,
                              const TileVector* vectors, int64_t count, float* v) {
-  constexpr int64_t kReads = 2 * kLanes + 2;
   constexpr int64_t kAhead = 2;  // channels: their rows lie too far apart for the hardware to foresee
-  static constexpr float zeros[kReads] = {};
-  const float* end = x + s.batch * s.channels * s.input.h * s.input.w - kReads;
+  const int64_t size = s.input.h * s.input.w;
+  const float* end = x + s.batch * s.channels * size;
   for (int64_t c = 0; c < s.channels; ++c) {
     for (int64_t i = 0; i < count; ++i) {
-      const TileVector& vector = vectors[i];
-      const float* plane = x + (vector.image * s.channels + c) * s.input.h * s.input.w;
+      const float* plane = x + (vectors[i].image * s.channels + c) * size;
+      if (c + kAhead < s.channels) {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) __builtin_prefetch(plane + vectors[i].rows[r] + kAhead * size);
+      }
       vf d[4][4];
-      float copy[kReads];
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        const float* row = vector.zero_rows[r] ? zeros : plane + vector.rows[r];
-        if (c + kAhead < s.channels) __builtin_prefetch(row + kAhead * s.input.h * s.input.w);
-        if (!vector.zero_rows[r] && (row < x || row > end)) {
-          for (int64_t j = 0; j < kReads; ++j) copy[j] = row + j >= x && row + j < end + kReads ? row[j] : 0;
-          row = copy;
-        }
-        const vf a = loadu(row), b = loadu(row + kLanes);
-        const vf e = loadu(row + 2), f = loadu(row + 2 + kLanes);
-        d[r][0] = every_other<float, 0>(a, b), d[r][1] = every_other<float, 1>(a, b);
-        d[r][2] = every_other<float, 0>(e, f), d[r][3] = every_other<float, 1>(e, f);
-      }
-      if (vector.at_edge) {
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r)
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j)
-            d[r][j] = reinterpret_cast<vf>(reinterpret_cast<vi>(d[r][j]) & loadu(vector.inside[j]));
-      }
-      transform_input(d, v + c * plan.block + vector.tile, plan.v_stride);
+      load_tiles(x, end, plane, vectors[i], d);
+      transform_input(d, v + c * plan.block + vectors[i].tile, plan.v_stride);
     }
   }
 }

@@ -1,6 +1,7 @@
-// The three transforms of Winograd's F(2x2, 3x3): a tile of 2x2 convolution outputs from 4x4 inputs by 16
+// The transforms of Winograd's F(2x2, 3x3): a tile of 2x2 convolution outputs from 4x4 inputs by 16
 // products instead of 36. With d a tile of input and g a kernel,
 //   output = A' [(G g G') * (B' d B)] A,    * element by element, summed over the channels in between.
+// Gradients go through the adjoints: that of g is G' [(A y A') * (B' d B)] G, summed over the tiles.
 // The 16 places of a transformed tile are numbered 4 * row + column.
 // A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016.
 #pragma once
@@ -77,6 +78,41 @@ CNNRNN_INLINE void transform_output(const float* m, int64_t stride, vf (&y)[4]) 
   for (int j = 0; j < 2; ++j) {
     y[j] = columns[0][j] + (columns[1][j] + columns[2][j]);
     y[2 + j] = (columns[1][j] - columns[2][j]) - columns[3][j];
+  }
+}
+
+// A y A' of kLanes tiles of output gradients, to places as transform_input: the adjoint of transform_output.
+CNNRNN_INLINE void transform_gradient(const vf (&y)[2][2], float* to, int64_t stride) {
+  const auto spread = [](vf a, vf b, vf(&four)[4]) {
+    four[0] = a, four[1] = a + b, four[2] = a - b, four[3] = -b;
+  };
+  vf columns[2][4];
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) spread(y[0][j], y[1][j], columns[j]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    vf places[4];
+    spread(columns[0][i], columns[1][i], places);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) storeu(to + (4 * i + j) * stride, places[j]);
+  }
+}
+
+// G' u G of kLanes weights: g[3 * row + column] of each. The adjoint of transform_weights.
+CNNRNN_INLINE void transform_weight_gradient(const vf (&u)[kPlaces], vf (&g)[9]) {
+  const auto fold = [](vf a, vf b, vf c, vf d, vf(&three)[3]) {
+    const vf sum = 0.5f * (b + c);
+    three[0] = a + sum, three[1] = 0.5f * (b - c), three[2] = d + sum;
+  };
+  vf rows[4][3];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) fold(u[4 * i], u[4 * i + 1], u[4 * i + 2], u[4 * i + 3], rows[i]);
+#pragma GCC unroll 3
+  for (int j = 0; j < 3; ++j) {
+    vf column[3];
+    fold(rows[0][j], rows[1][j], rows[2][j], rows[3][j], column);
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) g[3 * i + j] = column[i];
   }
 }
 
