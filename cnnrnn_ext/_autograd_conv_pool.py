@@ -20,7 +20,7 @@ def backward_formula(ctx, grad_y, grad_code):
     nothing = (None,) * len(ctx.config)
     if grad_y is None:
         return (None, None, None, *nothing)
-    need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    need = list(ctx.needs_input_grad[:3])
     grads = torch.ops.cnnrnn_ext.conv_pool2d_backward(grad_y, x, weight, bias, code, *ctx.config, *need)
     return (*(g if n else None for g, n in zip(grads, need, strict=True)), *nothing)
 

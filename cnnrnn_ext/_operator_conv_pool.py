@@ -10,6 +10,14 @@ import torch.nn.functional as F
 from cnnrnn_ext import reference
 
 DEAD = 255  # the code of an output that passes no gradient
+# No pool, as the operators take it: windows of one position.
+NO_POOL = {
+    "pool": "max",
+    "pool_size": (1, 1),
+    "pool_stride": (1, 1),
+    "pool_padding": (0, 0),
+    "ceil_mode": False,
+}
 
 
 def layout_of(x):
@@ -24,6 +32,22 @@ def _check_covered(activation, pool):
             f"conv_pool2d operators cover pool 'max' with activation 'relu' or 'none', got pool {pool!r} "
             f"with activation {activation!r}; cnnrnn_ext.functional.conv_pool2d covers the rest"
         )
+
+
+def winograd_serves(x, weight, stride, dilation, groups):
+    """Whether the CPU computes this convolution by Winograd's algorithm, at most maps of a few pixels apart.
+
+    csrc/conv_pool_winograd.h has the rule, which looks at the size of the map too.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and tuple(weight.shape[2:]) == (3, 3)
+        and tuple(stride) == tuple(dilation) == (1, 1)
+        and groups == 1
+        and weight.shape[1] >= 8
+        and weight.shape[0] >= 4
+    )
 
 
 def conv_pool2d_train(

@@ -3,14 +3,14 @@
 #include <algorithm>
 #include <limits>
 
+#include "conv_pool_winograd.h"
 #include "cpu/capability.h"
 #include "cpu/conv_pool.h"
-#include "tensor.h"
+#include "slices.h"
 
 namespace cnnrnn {
 namespace {
 
-using torch::stable::parallel_for;
 using Ints = std::vector<int64_t>;
 
 const ConvPoolKernels& kernels() { return CNNRNN_ACTIVE_TABLE(conv_pool); }
@@ -149,37 +149,32 @@ ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const Optio
   return s;
 }
 
-char* aligned(void* memory) {
-  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-}
-
-// Cuts `units` into one contiguous slice per thread and runs body(slice, begin, end, scratch). The cut
-// depends on the thread count alone, so results repeat bit by bit.
-template <typename Body>
-void in_slices(const Tensor& like, int64_t units, int64_t scratch_bytes, const Body& body) {
-  const int64_t slices = std::min<int64_t>(units, torch::stable::get_num_threads());
-  if (slices == 0) return;
-  // Slices begin at cache lines, so that none writes to a line of another.
-  const int64_t stride = (scratch_bytes + 63) / 64 * 64;
-  Tensor memory = empty_like_of(like, {slices * stride + 64}, ScalarType::Byte);
-  char* scratch = aligned(memory.mutable_data_ptr());
-  parallel_for(0, slices, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i)
-      body(i, units * i / slices, units * (i + 1) / slices, scratch + i * stride);
-  });
+// Images [from, to).
+template <typename T>
+void run_direct(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                Tensor& y, Tensor* code, int64_t from, int64_t to) {
+  const auto& kernel = kernels_of<T>();
+  Tensor packed = empty_like_of(x, {kernel.forward_packed_size(s)});
+  kernel.forward_pack(s, data<T>(weight), data<T>(get(bias)), mutable_data<T>(packed));
+  const int64_t of_image = s.batch == 0 ? 0 : kernel.forward_units(s) / s.batch;
+  in_slices(x, (to - from) * of_image, kernel.forward_scratch_bytes(s),
+            [&](int64_t, int64_t begin, int64_t end, char* scratch) {
+              kernel.forward(s, data<T>(x), data<T>(packed), mutable_data<T>(y),
+                             code ? mutable_data<uint8_t>(*code) : nullptr, scratch, from * of_image + begin,
+                             from * of_image + end);
+            });
 }
 
 template <typename T>
 void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                  Tensor& y, Tensor* code) {
-  const auto& kernel = kernels_of<T>();
-  Tensor packed = empty_like_of(x, {kernel.forward_packed_size(s)});
-  kernel.forward_pack(s, data<T>(weight), data<T>(get(bias)), mutable_data<T>(packed));
-  in_slices(x, kernel.forward_units(s), kernel.forward_scratch_bytes(s),
-            [&](int64_t, int64_t begin, int64_t end, char* scratch) {
-              kernel.forward(s, data<T>(x), data<T>(packed), mutable_data<T>(y),
-                             code ? mutable_data<uint8_t>(*code) : nullptr, scratch, begin, end);
-            });
+  if constexpr (std::is_same_v<T, float>) {
+    if (winograd_pays(s)) {
+      run_winograd(kernels().winograd, s, x, weight, bias, y, code, run_direct<float>);
+      return;
+    }
+  }
+  run_direct<T>(s, x, weight, bias, y, code, 0, s.batch);
 }
 
 template <typename T>
@@ -262,19 +257,28 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y_any, Tenso
   const bool single = grad_y.scalar_type() == ScalarType::Float;
   const Tensor none = empty_like_of(grad_y, {0});
   Tensor grad_x = none, grad_weight = none, grad_bias = none;
+  const bool dense = single && winograd_backward_pays(s);
+  const Tensor alive = dense ? alive_gradient(grad_y, code, s) : none;
   if (need_x) {
     const Tensor weight = in_layout(weight_any, false);
     grad_x = empty_image(grad_y, s, s.channels, s.input, grad_y.scalar_type());
-    (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad_y, weight, code, grad_x);
+    if (dense)
+      run_winograd(kernels().winograd, input_gradient_shape(s), alive, mirrored_weight(weight, s),
+                   std::nullopt, grad_x, nullptr, run_direct<float>);
+    else
+      (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad_y, weight, code, grad_x);
   }
   if (need_weight || need_bias) {
     const Tensor x = in_layout(x_any, s.channels_last);
     if (need_weight)
       grad_weight = empty_like_of(grad_y, {s.outputs, s.group_channels(), s.kernel.h, s.kernel.w});
     if (need_bias) grad_bias = empty_like_of(grad_y, {s.outputs});
-    (single ? run_weight_gradient<float> : run_weight_gradient<double>)(s, grad_y, x, code,
-                                                                        need_weight ? &grad_weight : nullptr,
-                                                                        need_bias ? &grad_bias : nullptr);
+    Tensor* const of_weight = need_weight ? &grad_weight : nullptr;
+    Tensor* const of_bias = need_bias ? &grad_bias : nullptr;
+    const bool done = dense && run_winograd_weight(kernels().winograd, s, in_layout(alive, false),
+                                                   in_layout(x, false), of_weight, of_bias);
+    const auto run = single ? run_weight_gradient<float> : run_weight_gradient<double>;
+    if (!done) run(s, grad_y, x, code, of_weight, of_bias);
   }
   return {grad_x, grad_weight, grad_bias};
 }

@@ -332,7 +332,7 @@ UNCOVERED = {
         "pool_padding": 1,
         "ceil_mode": True,
     },
-    "pool none": {"pool": "none"},
+    "pool none, few channels": {"pool": "none"},
     "tanh, no pool": {"activation": "tanh", "pool": "none"},
     "window too large": {"pool_size": (16, 16), "padding": 8},
     "same, even kernel": {"padding": "same"},

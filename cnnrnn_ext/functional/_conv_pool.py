@@ -13,6 +13,7 @@ from cnnrnn_ext._checks import (
     pool_arguments,
     shape_of,
 )
+from cnnrnn_ext._operator_conv_pool import NO_POOL, winograd_serves
 from cnnrnn_ext.functional._common import autocast, needs_grad
 from cnnrnn_ext.ops import CODE_POSITIONS
 
@@ -89,10 +90,13 @@ def conv_pool2d(
         "pool_padding": pool_padding,
         "ceil_mode": ceil_mode,
     }
-    uncovered = uneven or _conv_pool2d_uncovered(x, weight, pads, activation, pool, pool_size)
+    conv = stride, pads, dilation, groups
+    uncovered = uneven or _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size)
     if not use_compiled("conv_pool2d", x, uncovered):
         return reference.conv_pool2d(input, weight, bias, stride, padding, dilation, groups, **options)
 
+    if pool == "none":  # to the operators a pool of windows of one position
+        options |= NO_POOL
     train = needs_grad(x, weight, bias)
     operator = torch.ops.cnnrnn_ext.conv_pool2d_train if train else torch.ops.cnnrnn_ext.conv_pool2d
     y = operator(x, weight, bias, stride, pads, dilation, groups, *options.values())
@@ -150,10 +154,13 @@ def conv_pool1d(
     return y.squeeze(-2)
 
 
-def _conv_pool2d_uncovered(x, weight, padding, activation, pool, pool_size):
-    """Why the kernels do not serve this configuration, or None."""
-    if pool != "max":
-        return f"no kernel for pool={pool!r}"
+def _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
+    """Why the kernels do not serve this configuration, or None. conv: stride, padding, dilation, groups."""
+    if pool == "avg":
+        return "no kernel for pool='avg'"
+    stride, padding, dilation, groups = conv
+    if pool == "none" and not winograd_serves(x, weight, stride, dilation, groups):
+        return "pool='none' has a kernel only on the CPU, for float32, 3x3, stride 1 and 8 channels or more"
     if activation not in ("relu", "none"):
         return f"no kernel for activation={activation!r}"
     if pool_size[0] * pool_size[1] > CODE_POSITIONS:

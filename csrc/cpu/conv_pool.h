@@ -56,9 +56,34 @@ struct ConvPoolKernelsOf {
                 void* scratch, int64_t begin, int64_t end);
 };
 
+// Winograd's F(2x2, 3x3): float, 3x3 kernels, stride, dilation and groups 1, windows of 1 or 2
+// along each dimension, side by side and unpadded.
+struct WinogradKernels {
+  int64_t (*packed_size)(const ConvPoolShape&);
+  int64_t (*pack_units)(const ConvPoolShape&);
+  void (*pack)(const ConvPoolShape&, const float* weight, float* packed, int64_t begin, int64_t end);
+  int64_t (*units)(const ConvPoolShape&);
+  int64_t (*scratch_bytes)(const ConvPoolShape&);
+  // bias and code may be null. not_finite [N], zeroed: becomes 1 for images that this algorithm cannot
+  // compute, because inf or NaN is among their outputs.
+  void (*forward)(const ConvPoolShape&, const float* x, const float* packed, const float* bias, float* y,
+                  uint8_t* code, uint8_t* not_finite, void* scratch, int64_t begin, int64_t end);
+
+  // Gradients of weight and bias where there is no pool; x and grad [N, K, conv] contiguous. Units as those
+  // of the forward; each call adds into a zeroed partial of its own. The reduction works on outputs [begin,
+  // end).
+  int64_t (*weight_partial_size)(const ConvPoolShape&);
+  int64_t (*weight_scratch_bytes)(const ConvPoolShape&);
+  void (*weight)(const ConvPoolShape&, const float* x, const float* grad, float* partial, void* scratch,
+                 int64_t begin, int64_t end);
+  void (*weight_reduce)(const ConvPoolShape&, const float* partials, int64_t count, float* grad_weight,
+                        float* grad_bias, int64_t begin, int64_t end);
+};
+
 struct ConvPoolKernels {
   ConvPoolKernelsOf<float> f32;
   ConvPoolKernelsOf<double> f64;
+  WinogradKernels winograd;
 };
 
 extern const ConvPoolKernels conv_pool_baseline, conv_pool_avx2, conv_pool_avx512;

@@ -4,6 +4,8 @@
 #include "conv_pool_forward.h"
 #include "conv_pool_grad_input.h"
 #include "conv_pool_grad_weight.h"
+#include "conv_pool_winograd.h"
+#include "conv_pool_winograd_grad.h"
 #include "isa.h"
 
 namespace {
@@ -31,6 +33,9 @@ constexpr cnnrnn::ConvPoolKernelsOf<T> conv_pool_kernels_of() {
 
 namespace cnnrnn {
 extern const ConvPoolKernels CNNRNN_TABLE(conv_pool);
-const ConvPoolKernels CNNRNN_TABLE(conv_pool) = {conv_pool_kernels_of<float>(),
-                                                 conv_pool_kernels_of<double>()};
+const ConvPoolKernels CNNRNN_TABLE(conv_pool) = {
+    conv_pool_kernels_of<float>(),
+    conv_pool_kernels_of<double>(),
+    {winograd_packed_size, winograd_pack_units, winograd_pack, winograd_units, winograd_scratch_bytes,
+     winograd, winograd_partial_size, winograd_grad_scratch_bytes, winograd_weight, winograd_weight_reduce}};
 }  // namespace cnnrnn

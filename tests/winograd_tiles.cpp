@@ -1,0 +1,139 @@
+// The Winograd kernels against plain loops: every pool, layout, padding and hanging window, codes and all.
+//
+// test_winograd_tiles.py compiles it with the kernels' own source for 512-bit vectors in narrower
+// instructions (CNNRNN_EMULATE_512). The numbers are small and whole, so that results must be equal, ties
+// included. Prints what differs; exits with 1 if anything does.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "guarded.h"
+
+#define CNNRNN_ISA tested
+#include "conv_pool_winograd.h"
+
+static uint32_t seed = 1;
+static float whole_number() {  // -3 to 3
+  seed = seed * 1664525u + 1013904223u;
+  return static_cast<float>((seed >> 16) % 7) - 3;
+}
+
+static ConvPoolShape shape_of(const int64_t (&sizes)[5], Pair padding, Pair window, bool ceil_mode) {
+  ConvPoolShape s{};
+  s.batch = sizes[0], s.channels = sizes[1], s.outputs = sizes[2], s.groups = 1;
+  s.input = {sizes[3], sizes[4]};
+  s.kernel = {3, 3}, s.stride = s.dilation = {1, 1}, s.padding = padding;
+  s.conv = {s.input.h + 2 * padding.h - 2, s.input.w + 2 * padding.w - 2};
+  s.window = s.step = window;
+  s.pooled = {(s.conv.h + (ceil_mode ? window.h - 1 : 0)) / window.h,
+              (s.conv.w + (ceil_mode ? window.w - 1 : 0)) / window.w};
+  return s;
+}
+
+static int64_t checks = 0, failures = 0;
+
+// Where (n, c, row, column) stands.
+static int64_t place(const ConvPoolShape& s, int64_t channels, Pair size, int64_t n, int64_t c, int64_t row,
+                     int64_t column) {
+  return s.channels_last ? ((n * size.h + row) * size.w + column) * channels + c
+                         : ((n * channels + c) * size.h + row) * size.w + column;
+}
+
+static float convolution(const ConvPoolShape& s, const float* x, const float* weight, int64_t n, int64_t k,
+                         int64_t row, int64_t column) {
+  float sum = 0;
+  for (int64_t c = 0; c < s.channels; ++c)
+    for (int64_t i = 0; i < 3; ++i)
+      for (int64_t j = 0; j < 3; ++j) {
+        const int64_t y = row + i - s.padding.h, z = column + j - s.padding.w;
+        if (y >= 0 && y < s.input.h && z >= 0 && z < s.input.w)
+          sum +=
+              x[place(s, s.channels, s.input, n, c, y, z)] * weight[((k * s.channels + c) * 3 + i) * 3 + j];
+      }
+  return sum;
+}
+
+static void compare(const ConvPoolShape& s, const float* x, const float* weight, const float* bias,
+                    const float* y, const uint8_t* code) {
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t k = 0; k < s.outputs; ++k)
+      for (int64_t row = 0; row < s.pooled.h; ++row)
+        for (int64_t column = 0; column < s.pooled.w; ++column) {
+          float best = -INFINITY;
+          int position = 0;
+          for (int64_t q = 0; q < s.positions(); ++q) {
+            const int64_t i = row * s.window.h + q / s.window.w, j = column * s.window.w + q % s.window.w;
+            if (i >= s.conv.h || j >= s.conv.w) continue;
+            const float value = convolution(s, x, weight, n, k, i, j) + (bias ? bias[k] : 0);
+            if (value > best) best = value, position = static_cast<int>(q);
+          }
+          if (s.relu && best <= 0) best = 0, position = kDead;
+          const int64_t at = place(s, s.outputs, s.pooled, n, k, row, column);
+          ++checks;
+          if (y[at] == best && (!code || code[at] == position)) continue;
+          if (++failures <= 20)
+            std::printf("C %d, window %dx%d, %s: [%d, %d, %d, %d] is %g (code %d), expected %g (%d)\n",
+                        static_cast<int>(s.channels), static_cast<int>(s.window.h),
+                        static_cast<int>(s.window.w), s.channels_last ? "NHWC" : "NCHW", static_cast<int>(n),
+                        static_cast<int>(k), static_cast<int>(row), static_cast<int>(column), y[at],
+                        code ? code[at] : -1, best, position);
+        }
+}
+
+// Both slices of the work, the second first: nothing may depend on what ran before.
+static void run(const ConvPoolShape& s, Guard guard, bool with_code) {
+  Guarded<float> x(s.batch * s.channels * s.input.h * s.input.w, guard), bias(s.outputs, guard);
+  Guarded<float> weight(s.outputs * s.channels * 9, guard), y(s.batch * s.outputs * s.windows(), guard);
+  Guarded<uint8_t> code(y.size(), guard), not_finite(s.batch, guard);
+  for (float& value : x) value = whole_number();
+  for (float& value : weight) value = whole_number();
+  for (float& value : bias) value = whole_number();
+  std::fill(y.begin(), y.end(), NAN);
+  Guarded<float> packed(winograd_packed_size(s), guard);
+  winograd_pack(s, weight.data(), packed.data(), 0, winograd_pack_units(s));
+  const int64_t bytes = round_up(winograd_scratch_bytes(s), 64), units = winograd_units(s);
+  Guarded<char> scratch(bytes, guard);
+  std::fill(scratch.begin(), scratch.end(), static_cast<char>(0xff));  // NaN
+  for (const auto& [begin, end] : {Pair{units / 2, units}, Pair{0, units / 2}})
+    winograd(s, x.data(), packed.data(), s.relu ? bias.data() : nullptr, y.data(),
+             with_code ? code.data() : nullptr, not_finite.data(), scratch.data(), begin, end);
+  compare(s, x.data(), weight.data(), s.relu ? bias.data() : nullptr, y.data(),
+          with_code ? code.data() : nullptr);
+  for (uint8_t flag : not_finite) failures += flag;
+}
+
+int main() {
+  const int64_t shapes[][5] = {// N, C, K, H, W
+                               {2, 17, 13, 9, 11},
+                               {1, 3, 30, 4, 75},
+                               {9, 5, 7, 5, 6},
+                               {1, 70, 4, 3, 3},
+                               {3, 4, 5, 40, 3}};
+  for (const auto& sizes : shapes)
+    for (const Pair window : {Pair{1, 1}, Pair{1, 2}, Pair{2, 1}, Pair{2, 2}})
+      for (const Pair padding : {Pair{0, 0}, Pair{1, 1}, Pair{3, 2}})
+        for (int choice = 0; choice < 8; ++choice) {
+          ConvPoolShape s = shape_of(sizes, padding, window, choice % 2);
+          if (s.windows() == 0) continue;
+          s.channels_last = choice & 2, s.relu = choice & 4;
+          run(s, choice % 3 == 0 ? Guard::kBefore : Guard::kAfter, choice % 3 != 1);
+        }
+  // An infinity is reported for its image alone.
+  ConvPoolShape s = shape_of(shapes[2], {1, 1}, {2, 2}, false);
+  Guarded<float> x(s.batch * s.channels * s.input.h * s.input.w, Guard::kAfter);
+  Guarded<float> weight(s.outputs * s.channels * 9, Guard::kAfter),
+      y(s.batch * s.outputs * s.windows(), Guard::kAfter);
+  for (float& value : weight) value = 1;
+  x[place(s, s.channels, s.input, 4, 2, 3, 3)] = INFINITY;
+  Guarded<float> packed(winograd_packed_size(s), Guard::kAfter);
+  winograd_pack(s, weight.data(), packed.data(), 0, winograd_pack_units(s));
+  Guarded<char> scratch(round_up(winograd_scratch_bytes(s), 64), Guard::kAfter);
+  Guarded<uint8_t> flags(s.batch, Guard::kAfter);
+  winograd(s, x.data(), packed.data(), nullptr, y.data(), nullptr, flags.data(), scratch.data(), 0,
+           winograd_units(s));
+  for (int64_t n = 0; n < s.batch; ++n) failures += flags[n] != (n == 4);
+  std::printf("%d-byte vectors: %ld checks, %ld failures\n", kVectorBytes, static_cast<long>(checks),
+              static_cast<long>(failures));
+  return failures > 0;
+}
