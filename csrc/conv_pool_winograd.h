@@ -63,11 +63,14 @@ inline bool winograd_backward_pays(const ConvPoolShape& s) {
 // grad_y where the output is alive, 0 elsewhere; both in x's order.
 inline Tensor alive_gradient(const Tensor& grad_y, const Tensor& code, const ConvPoolShape& s) {
   Tensor masked = torch::stable::empty_like(grad_y);
-  const float* from = data<float>(grad_y);
-  const uint8_t* codes = data<uint8_t>(code);
-  float* to = mutable_data<float>(masked);
   in_slices(grad_y, s.batch * s.outputs * s.windows(), 0, [&](int64_t, int64_t begin, int64_t end, char*) {
-    for (int64_t i = begin; i < end; ++i) to[i] = codes[i] == kDead ? 0.0f : from[i];
+    const float* __restrict from = data<float>(grad_y);
+    const uint8_t* __restrict codes = data<uint8_t>(code);
+    float* __restrict to = mutable_data<float>(masked);
+    for (int64_t i = begin; i < end; ++i) {
+      const float value = from[i];  // read anyway: the loop becomes vectors
+      to[i] = codes[i] == kDead ? 0.0f : value;
+    }
   });
   return masked;
 }

@@ -94,6 +94,25 @@ def test_gradients_of_real_numbers(compiled, pool):
     compare(*both(padding=1, **POOLS[pool]), tensors, compiled, OPS)
 
 
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_gradients_without_pool(compiled, activation):
+    """Sums over many tiles, with an odd map."""
+    tensors = {k: (v * 16).round() / 16 for k, v in conv_tensors(6, 40, 45, 51, 48, 3).items()}
+    compare(*both(padding=1, pool="none", activation=activation), tensors, compiled, OPS)
+
+
+@pytest.mark.parametrize("where", ["input", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 5e37])
+def test_special_values_in_gradients(compiled, where, value):
+    """Gradients that are not finite come from the direct kernels, as the outputs do."""
+    ours, stock = both(pool="none", activation="none")
+    tensors = {k: v.abs() for k, v in conv_tensors(3, 16, 9, 10, 8, 3).items()}
+    tensors["weight"] /= 64
+    grad = torch.rand(3, 8, 7, 8) / 64
+    (tensors["input"] if where == "input" else grad)[1, 2, 3, 4] = value
+    compare(ours, stock, tensors, compiled, OPS, grad_outputs=[grad])
+
+
 def test_second_derivative_without_pool(compiled):
     ours, stock = both(padding=1, pool="none")
     tensors = conv_tensors(2, 16, 6, 7, 8, 3)

@@ -12,6 +12,7 @@
 
 #define CNNRNN_ISA tested
 #include "conv_pool_winograd.h"
+#include "conv_pool_winograd_grad.h"
 
 static uint32_t seed = 1;
 static float whole_number() {  // -3 to 3
@@ -103,6 +104,49 @@ static void run(const ConvPoolShape& s, Guard guard, bool with_code) {
   for (uint8_t flag : not_finite) failures += flag;
 }
 
+// Gradients of weight and bias, in two partials.
+static void run_gradient(ConvPoolShape s, Guard guard) {
+  s.channels_last = false;
+  Guarded<float> x(s.batch * s.channels * s.input.h * s.input.w, guard);
+  Guarded<float> grad(s.batch * s.outputs * s.windows(), guard), grad_bias(s.outputs, guard);
+  Guarded<float> grad_weight(s.outputs * s.channels * 9, guard);
+  for (float& value : x) value = whole_number();
+  for (float& value : grad) value = whole_number();
+  const int64_t size = winograd_partial_size(s), units = winograd_units(s);
+  Guarded<float> partials(2 * size, guard);
+  const int64_t bytes = round_up(winograd_grad_scratch_bytes(s), 64);
+  Guarded<char> scratch(bytes, guard);
+  std::fill(scratch.begin(), scratch.end(), static_cast<char>(0xff));
+  winograd_weight(s, x.data(), grad.data(), partials.data(), scratch.data(), 0, units / 2);
+  winograd_weight(s, x.data(), grad.data(), partials.data() + size, scratch.data(), units / 2, units);
+  for (int64_t k = 0; k < s.outputs; ++k)
+    winograd_weight_reduce(s, partials.data(), 2, grad_weight.data(), grad_bias.data(), k, k + 1);
+  for (int64_t k = 0; k < s.outputs; ++k) {
+    float bias = 0;
+    for (int64_t c = 0; c < s.channels; ++c)
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        float sum = 0;
+        bias = 0;
+        for (int64_t n = 0; n < s.batch; ++n)
+          for (int64_t row = 0; row < s.conv.h; ++row)
+            for (int64_t column = 0; column < s.conv.w; ++column) {
+              const float g = grad[place(s, s.outputs, s.conv, n, k, row, column)];
+              const int64_t i = row + tap / 3 - s.padding.h, j = column + tap % 3 - s.padding.w;
+              bias += g;
+              if (i >= 0 && i < s.input.h && j >= 0 && j < s.input.w)
+                sum += g * x[place(s, s.channels, s.input, n, c, i, j)];
+            }
+        const float got = grad_weight[(k * s.channels + c) * 9 + tap];
+        ++checks;
+        if (got == sum) continue;
+        if (++failures <= 20)
+          std::printf("gradient of weight [%d, %d, tap %d] is %g, expected %g\n", static_cast<int>(k),
+                      static_cast<int>(c), static_cast<int>(tap), got, sum);
+      }
+    failures += grad_bias[k] != bias;
+  }
+}
+
 int main() {
   const int64_t shapes[][5] = {// N, C, K, H, W
                                {2, 17, 13, 9, 11},
@@ -117,6 +161,7 @@ int main() {
           ConvPoolShape s = shape_of(sizes, padding, window, choice % 2);
           if (s.windows() == 0) continue;
           s.channels_last = choice & 2, s.relu = choice & 4;
+          if (s.positions() == 1 && choice < 2) run_gradient(s, choice ? Guard::kBefore : Guard::kAfter);
           run(s, choice % 3 == 0 ? Guard::kBefore : Guard::kAfter, choice % 3 != 1);
         }
   // An infinity is reported for its image alone.

@@ -28,10 +28,10 @@ inline int64_t winograd_scratch_bytes(const ConvPoolShape& s) {
   const WinogradPlan plan(s);
   return carved_bytes(kPlaces * plan.v_stride, sizeof(float)) +
          carved_bytes(kPlaces * plan.m_stride, sizeof(float)) +
-         carved_bytes(plan.gathered_size(s), sizeof(float)) +
+         carved_bytes(plan.turned_size(s), sizeof(float)) +
          2 * carved_bytes(plan.stage_size(), sizeof(float)) + 3 * carved_bytes(plan.block, sizeof(float)) +
          carved_bytes(plan.stage_stride, 1) + carved_bytes(plan.block, sizeof(TileRun)) +
-         carved_bytes(plan.vectors(s), sizeof(TileVector));
+         carved_bytes(plan.vectors(s), sizeof(TileVector)) + carved_bytes(plan.pixels(s), sizeof(int64_t));
 }
 
 // weight [K, C, 3, 3] -> for output blocks [begin, end): U[place][output of the block][channel].
@@ -135,10 +135,11 @@ CNNRNN_INLINE void copy_row(float* to, const float* from, int64_t n) {
   storeu(to + n - kLanes, loadu(from + n - kLanes));
 }
 
-// Copies the staged outputs [k0, k0 + outputs) to y and code, images of size `map`. bytes: one staged row.
+// Copies the staged outputs [k0, k0 + outputs) to y and code, images of size `map`. turned, bytes: for one
+// row of outputs and for one output of it.
 inline void write_block(const ConvPoolShape& s, const WinogradPlan& plan, Pair map, const TileRun* runs,
-                        int64_t count, const float* ys, const float* codes, uint8_t* bytes, int64_t k0,
-                        int64_t outputs, float* y, uint8_t* code) {
+                        int64_t count, const float* ys, const float* codes, float* turned, uint8_t* bytes,
+                        int64_t k0, int64_t outputs, float* y, uint8_t* code) {
   // Calls copy(where it stands in a staged row, pixel of the batch's images, pixels) for each run of a row.
   const auto for_each_run = [&](int64_t i, const auto& copy) {
     for (int64_t r = 0; r < count; ++r) {
@@ -151,14 +152,27 @@ inline void write_block(const ConvPoolShape& s, const WinogradPlan& plan, Pair m
   const int64_t staged = plan.outputs.h * plan.stage_stride;  // between outputs
   for (int64_t i = 0; i < plan.outputs.h; ++i, ys += plan.stage_stride, codes += plan.stage_stride) {
     if (s.channels_last) {
-      for_each_run(i, [&](int64_t from, int64_t image, int64_t pixel, int64_t width) {
-        const int64_t to = (image * s.windows() + pixel) * s.outputs + k0;
-        transpose(ys + from, outputs, width, staged,
-                  [&](int64_t j, int64_t k, vf v, int64_t n) { store_n(y + to + j * s.outputs + k, v, n); });
-        if (code)
-          transpose(codes + from, outputs, width, staged, [&](int64_t j, int64_t k, vf v, int64_t n) {
-            store_codes<float>(code + to + j * s.outputs + k, v, n);
-          });
+      constexpr int64_t kMostCodes = kBlockOutputs + kLanes;
+      const int64_t stride = plan.turned_stride(), columns = plan.outputs.w * plan.block;
+      const auto turn = [&](const float* staged_rows) {
+        transpose(staged_rows, outputs, columns, staged,
+                  [&](int64_t j, int64_t k, vf v, int64_t) { storeu(turned + j * stride + k, v); });
+      };
+      const auto for_each_pixel = [&](const auto& copy) {
+        for_each_run(i, [&](int64_t from, int64_t image, int64_t pixel, int64_t width) {
+          for (int64_t j = 0; j < width; ++j)
+            copy(turned + (from + j) * stride, (image * s.windows() + pixel + j) * s.outputs + k0);
+        });
+      };
+      turn(ys);
+      for_each_pixel([&](const float* from, int64_t to) { copy_row(y + to, from, outputs); });
+      if (!code) continue;
+      turn(codes);
+      for_each_pixel([&](const float* from, int64_t to) {
+        uint8_t of_pixel[kMostCodes];
+        for (int64_t k = 0; k < outputs; k += kLanes)
+          store_codes<float>(of_pixel + k, loadu(from + k), kLanes);
+        __builtin_memcpy(code + to, of_pixel, outputs);
       });
       continue;
     }
@@ -184,7 +198,7 @@ inline void winograd(const ConvPoolShape& s, const float* x, const float* packed
   char* scratch = static_cast<char*>(memory);
   float* v = carve<float>(scratch, kPlaces * plan.v_stride);
   float* m = carve<float>(scratch, kPlaces * plan.m_stride);
-  float* gathered = carve<float>(scratch, plan.gathered_size(s));
+  float* turned = carve<float>(scratch, plan.turned_size(s));
   float* ys = carve<float>(scratch, plan.stage_size());
   float* codes = carve<float>(scratch, plan.stage_size());
   uint8_t* bytes = carve<uint8_t>(scratch, plan.stage_stride);
@@ -193,6 +207,7 @@ inline void winograd(const ConvPoolShape& s, const float* x, const float* packed
   float* health = carve<float>(scratch, plan.block);
   TileRun* runs = carve<TileRun>(scratch, plan.block);
   TileVector* vectors = carve<TileVector>(scratch, plan.vectors(s));
+  int64_t* pixels = carve<int64_t>(scratch, plan.pixels(s));
   // What follows the last tile of a run takes part in the arithmetic, without effect: it must be numbers.
   __builtin_memset(memory, 0, reinterpret_cast<char*>(ys) - static_cast<char*>(memory));
 
@@ -204,10 +219,12 @@ inline void winograd(const ConvPoolShape& s, const float* x, const float* packed
   for (int64_t first = begin * kPanelTiles; first < last; first += plan.block) {
     const int64_t count = smaller(plan.block, last - first), tiles = round_up(count, kPanelTiles);
     const int64_t input_runs = winograd_runs(plan.tiles, first, count, runs);
-    if (s.channels_last)
-      transform_pixels(s, plan, x, runs, input_runs, gathered, v);
-    else
+    if (s.channels_last) {
+      tile_pixels(s, runs, input_runs, pixels);
+      transform_pixels(s, plan, x, pixels, count, turned, v);
+    } else {
       transform_planes(s, plan, x, vectors, tile_vectors(s, runs, input_runs, vectors), v);
+    }
     for (int64_t t = 0; t < plan.block; ++t) {
       const int64_t place = (first + t) % of_image;
       right[t] = 2 * (place % plan.tiles.w) + 1 >= s.conv.w ? -1 : 0;
@@ -224,7 +241,7 @@ inline void winograd(const ConvPoolShape& s, const float* x, const float* packed
                               v + p * plan.v_stride, plan.block, tiles, s.channels, m + p * plan.m_stride,
                               plan.block);
       inverse(s, plan, m, bias ? bias + k : nullptr, outputs, tiles, right, below, ys, codes, health);
-      write_block(s, plan, map, runs, output_runs, ys, codes, bytes, k, outputs, y, code);
+      write_block(s, plan, map, runs, output_runs, ys, codes, turned, bytes, k, outputs, y, code);
     }
     for (int64_t t = 0; t < count; ++t)
       if (health[t] != 0) __atomic_store_n(not_finite + (first + t) / of_image, 1, __ATOMIC_RELAXED);

@@ -25,7 +25,6 @@ struct WinogradPlan {
   int64_t output_blocks;
   int64_t weight_stride;       // between outputs in U
   int64_t v_stride, m_stride;  // between places in V and M
-  int64_t row_stride;          // of gathered input
   int64_t stage_stride;        // of a row of staged outputs
 
   explicit WinogradPlan(const ConvPoolShape& s) {
@@ -40,16 +39,18 @@ struct WinogradPlan {
     weight_stride = round_up(s.channels, kLanes);
     v_stride = round_up(s.channels * block + kLanes, kSpread) + kSpread;
     m_stride = kBlockOutputs * block + kSpread;
-    row_stride = 2 * (round_up(smaller(block, tiles.w) + 1, kLanes) + kLanes);
     stage_stride = outputs.w * block + kLanes;
   }
 
   // Outputs [first(b), first(b + 1)) are block b.
   int64_t first_output(const ConvPoolShape& s, int64_t b) const { return s.outputs * b / output_blocks; }
   int64_t stage_size() const { return kBlockOutputs * outputs.h * stage_stride; }
-  int64_t gathered_size(const ConvPoolShape& s) const {
-    return s.channels_last ? kLanes * block * 4 * row_stride : 0;
+  // Channels last alone: pixels of a block, and numbers under transposition on their way in and out.
+  int64_t pixels(const ConvPoolShape& s) const { return s.channels_last ? block * kPlaces : 0; }
+  int64_t turned_size(const ConvPoolShape& s) const {
+    return s.channels_last ? larger(kPlaces * kLanes * kLanes, stage_stride * turned_stride()) : 0;
   }
+  static int64_t turned_stride() { return round_up(kBlockOutputs, kLanes); }
   // Vectors in a block: in the worst case one a tile.
   int64_t vectors(const ConvPoolShape& s) const { return s.channels_last ? 0 : block; }
 };
@@ -158,52 +159,48 @@ inline void transform_planes(const ConvPoolShape& s, const WinogradPlan& plan, c
   }
 }
 
-// Input rows of a run of a channels-last image, zeros where the padding is: channels [c, c + kLanes) to
-// [channel][4][row_stride], even and odd columns apart; channels `distance` apart.
-inline void gather_input(const ConvPoolShape& s, const WinogradPlan& plan, const float* x, const TileRun& run,
-                         int64_t c, float* to, int64_t distance) {
-  const int64_t width = 2 * run.count + 2, left = 2 * run.column - s.padding.w;
-  const int64_t from = smaller(larger(-left, 0), width);
-  const int64_t until = larger(smaller(s.input.w - left, width), from);
-  const int64_t channels = smaller(kLanes, s.channels - c);
-  for (int64_t i = 0; i < 4; ++i, to += plan.row_stride) {
-    const int64_t y = 2 * run.row - s.padding.h + i;
-    const bool outside = y < 0 || y >= s.input.h;
-    const int64_t begin = outside ? width : from, end = outside ? width : until;
-    for (int64_t parity = 0; parity < 2; ++parity) {
-      float* half = to + parity * (plan.row_stride / 2);
-      const int64_t first = (begin + 1 - parity) / 2, last = (end + 1 - parity) / 2;
-      for (int64_t k = 0; k < channels; ++k) {
-        for (int64_t j = 0; j < first; ++j) half[k * distance + j] = 0;
-        for (int64_t j = last; j < width / 2; ++j) half[k * distance + j] = 0;
-      }
-      if (first >= last) continue;
-      const int64_t pixel = (run.image * s.input.h + y) * s.input.w + left + 2 * first + parity;
-      transpose(
-          x + pixel * s.channels + c, last - first, channels, 2 * s.channels,
-          [&](int64_t k, int64_t j, vf v, int64_t n) { store_n(half + k * distance + first + j, v, n); });
-    }
-  }
+// Where the 16 input pixels of each tile of some runs stand in a channels-last x; -1 in the padding.
+inline void tile_pixels(const ConvPoolShape& s, const TileRun* runs, int64_t count, int64_t* pixels) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t t = 0; t < runs[r].count; ++t)
+      for (int64_t i = 0; i < 4; ++i)
+        for (int64_t j = 0; j < 4; ++j) {
+          const int64_t row = 2 * runs[r].row - s.padding.h + i;
+          const int64_t column = 2 * (runs[r].column + t) - s.padding.w + j;
+          const bool inside = row >= 0 && row < s.input.h && column >= 0 && column < s.input.w;
+          *pixels++ = inside ? ((runs[r].image * s.input.h + row) * s.input.w + column) * s.channels : -1;
+        }
 }
 
-// Phase 1, channels last: as transform_planes.
+// Phase 1, channels last: kLanes tiles at a time, one after another in vectors of channels, then transposed.
+// What follows the last tile in its vector is what stood there before. staged: [places][kLanes][kLanes].
 inline void transform_pixels(const ConvPoolShape& s, const WinogradPlan& plan, const float* x,
-                             const TileRun* runs, int64_t count, float* gathered, float* v) {
-  const int64_t of_run = 4 * plan.row_stride, distance = count * of_run;
+                             const int64_t* pixels, int64_t count, float* staged, float* v) {
+  const float* last = x + s.batch * s.channels * s.input.h * s.input.w - kLanes;  // where a vector may begin
   for (int64_t c = 0; c < s.channels; c += kLanes) {
-    for (int64_t r = 0; r < count; ++r) gather_input(s, plan, x, runs[r], c, gathered + r * of_run, distance);
-    for (int64_t k = 0; k < smaller(kLanes, s.channels - c); ++k) {
-      for (int64_t r = 0; r < count; ++r) {
-        for (int64_t t = 0; t < runs[r].count; t += kLanes) {
-          const float* even = gathered + k * distance + r * of_run + t;
-          vf d[4][4];
+    const int64_t channels = smaller(kLanes, s.channels - c);
+    for (int64_t t = 0; t < count; t += kLanes) {
+      for (int64_t lane = 0; lane < smaller(kLanes, count - t); ++lane) {
+        vf d[4][4];
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) {
-            const float *row = even + i * plan.row_stride, *odd = row + plan.row_stride / 2;
-            d[i][0] = loadu(row), d[i][1] = loadu(odd), d[i][2] = loadu(row + 1), d[i][3] = loadu(odd + 1);
+        for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            const int64_t pixel = pixels[(t + lane) * kPlaces + 4 * i + j];
+            const float* at = x + pixel + c;
+            d[i][j] = pixel < 0 ? vf{} : at <= last ? loadu(at) : load_n(at, channels);
           }
-          transform_input(d, v + (c + k) * plan.block + runs[r].tile + t, plan.v_stride);
-        }
+        transform_input(d, staged + lane * kLanes, kLanes * kLanes);
+      }
+      for (int64_t p = 0; p < kPlaces; ++p) {
+        vf block[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = loadu(staged + (p * kLanes + i) * kLanes);
+        transpose<float>(block);
+        float* to = v + p * plan.v_stride + c * plan.block + t;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+          if (i < channels) storeu(to + i * plan.block, block[i]);
       }
     }
   }
