@@ -37,6 +37,12 @@ def both(**options):
     return ours, functools.partial(stock_conv_pool2d, **options)
 
 
+def laid_out(tensors, channels_last):
+    if channels_last:
+        tensors["input"] = tensors["input"].contiguous(memory_format=torch.channels_last)
+    return tensors
+
+
 def fits(shape, pool, padding):
     """Whether there is an output."""
     rows, columns = (padding, padding) if isinstance(padding, int) else padding
@@ -52,9 +58,7 @@ CASES = [(s, p, d) for s in SHAPES for p in POOLS for d in PADDINGS if fits(SHAP
 @pytest.mark.parametrize(("shape", "pool", "padding"), CASES)
 def test_error_of_outputs(compiled, shape, pool, padding, activation, channels_last):
     ours, stock = both(padding=padding, activation=activation, **POOLS[pool])
-    tensors = conv_tensors(*SHAPES[shape])
-    if channels_last:
-        tensors["input"] = tensors["input"].contiguous(memory_format=torch.channels_last)
+    tensors = laid_out(conv_tensors(*SHAPES[shape]), channels_last)
     (y,) = compare(ours, stock, tensors, compiled, OPS, wanted=[])
     if channels_last and not tensors["input"].is_contiguous():
         assert y.is_contiguous(memory_format=torch.channels_last)
@@ -67,9 +71,7 @@ def test_error_of_outputs(compiled, shape, pool, padding, activation, channels_l
 def test_ties_and_gradients(compiled, shape, pool, padding, activation, channels_last):
     """Small whole numbers stay exact in all transforms: every code is torch's, and so every gradient."""
     ours, stock = both(padding=padding, activation=activation, **POOLS[pool])
-    tensors = whole(conv_tensors(*SHAPES[shape]))
-    if channels_last:
-        tensors["input"] = tensors["input"].contiguous(memory_format=torch.channels_last)
+    tensors = laid_out(whole(conv_tensors(*SHAPES[shape])), channels_last)
     grad = torch.randint(-3, 4, stock(**tensors).shape).float()
     check_equal(ours, stock, tensors, compiled, OPS, grad_outputs=[grad])
 

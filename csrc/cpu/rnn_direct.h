@@ -173,7 +173,7 @@ void forward_narrow(const RnnForwardStep<float>& s, int64_t first, int64_t last)
   }
 }
 
-// x * W of many rows from narrow weights as they come; see ProjectTile. Tasks are panels, each with all rows.
+// x * W of many rows from narrow weights as they come; see ProjectBand. Tasks are panels, each with all rows.
 template <typename Cell, typename W>
 void project_narrow(const RnnForwardStep<float>& s, int64_t first, int64_t last) {
   using Rows = NarrowRows<W>;

@@ -53,7 +53,7 @@ CNNRNN_INLINE void multiply_step(Vec<T> (&acc)[Rows][V], const T* const (&a)[Row
 // acc += A[Rows x depth] * panel[depth x V vectors]; a[r] points at row r.
 template <typename T, int Rows, int V>
 CNNRNN_INLINE void multiply_rows(Vec<T> (&acc)[Rows][V], const T* const (&a)[Rows], int64_t from, const T* b,
-                                 int64_t depth, Ahead ahead = {nullptr, 0}) {
+                                 int64_t depth, Ahead ahead) {
   constexpr int L = kLanesOf<T>;
   for (int64_t k = from; k < from + depth; ahead.line += ahead.step) {
     __builtin_prefetch(ahead.line, 0, 2);
