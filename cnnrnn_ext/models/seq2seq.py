@@ -167,7 +167,7 @@ class Seq2Seq(nn.Module):
             x = self.dropout(self.target_embedding(tokens.flatten()[None]))
             hidden, new = self.decoder(x, state if pair else state[0])
             # The hypotheses of a row are queries to one memory, as the steps of a target are in training.
-            hidden, weights = self.attend(hidden.view(*tokens.shape, -1), keys, memory, mask)
+            hidden, weights = self.attend(hidden.view(*tokens.shape, hidden.shape[-1]), keys, memory, mask)
             log_probabilities = self.output(self.dropout(hidden)).log_softmax(-1)
             log_probabilities[..., [self.padding_id, self.begin_id]] = -torch.inf
             return log_probabilities, weights, new if pair else (new,)
