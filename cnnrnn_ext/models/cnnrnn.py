@@ -58,7 +58,7 @@ class CNNRNN(nn.Module):
 
     With lengths, only the frames before the rows' ends pass through the CNN. A graph (torch.compile,
     torch.export) has no such numbers: there all frames do, which changes no result but BatchNorm's statistics
-    in training, so that is refused (torch.compile without ``fullgraph`` then runs the CNN outside of a graph).
+    in training, so that is refused (torch.compile without ``fullgraph`` runs that part without a graph).
 
     Attributes: ``feature_size``, of ``features``.
 

@@ -110,7 +110,7 @@ class Seq2Seq(nn.Module):
     def _teach(self, source, target, source_lengths):
         check_tokens("target", target, self.target_embedding.num_embeddings)
         states, *memory = self._encode(source, source_lengths)
-        hidden, _ = self.decoder(self.dropout(self.target_embedding(target.t())), states)
+        hidden, _ = self.decoder(self.dropout(self.target_embedding(target)).transpose(0, 1), states)
         return self.attend(hidden.transpose(0, 1), *memory)
 
     def _encode(self, source, lengths):
@@ -121,7 +121,7 @@ class Seq2Seq(nn.Module):
         else:
             check_lengths(lengths, source.shape[1], source.shape[0])
             lengths = lengths.to(source.device)
-        x = self.dropout(self.source_embedding(source.t()))
+        x = self.dropout(self.source_embedding(source)).transpose(0, 1)
         memory, states = self.encoder(x, lengths=lengths)
         memory = memory.transpose(0, 1).contiguous()
         mask = steps_within(lengths, source.shape[1]).t()
