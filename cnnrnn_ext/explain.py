@@ -140,7 +140,8 @@ def per_step_relevance(model, inputs, target, *, method="integrated_gradients", 
 def attention(model, *inputs):
     """The model's own attention: ``model.attention(*inputs)``, in eval mode and without a graph.
 
-    For CNNRNN and ParallelCNNRNN, with an attention readout, the weight of each time step, [N, T]; for Seq2Seq that of each source token for each target token, [N, T, S].
+    For CNNRNN and ParallelCNNRNN, with an attention readout, the weight of each time step, [N, T];
+    for Seq2Seq that of each source token for each target token, [N, T, S].
     """
     with _evaluating(model), torch.no_grad():
         return model.attention(*inputs)
