@@ -259,6 +259,19 @@ def test_names_and_frozen_layers():
     assert not module.training
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_batch_normalisation_in_training(trainable):
+    """It normalises by the batch, as Keras does, and updates its statistics; not so where it is frozen."""
+    model = sequential((6, 4), layers.BatchNormalization(momentum=0.9), layers.Dense(3))
+    model.layers[0].trainable = trainable
+    module, x = compare(model).train(), torch.randn(8, 6, 4)
+    before = module[0].module.running_mean.clone()
+    torch.testing.assert_close(module(x), model(x, training=True), rtol=1e-4, atol=1e-5)
+    mean = model.layers[0].moving_mean.value
+    torch.testing.assert_close(module[0].module.running_mean, mean, rtol=1e-4, atol=1e-6)
+    assert mean.equal(before) != trainable
+
+
 def test_models_within_a_model():
     inner = keras.Sequential([layers.Input((8,)), layers.Dense(6, activation="tanh"), layers.Dense(5)])
     inputs = layers.Input((8,))
@@ -296,6 +309,12 @@ def branching():
     inputs = layers.Input((5,))
     a, b = layers.Dense(4)(inputs), layers.Dense(4)(inputs)
     return keras.Model(inputs, layers.Add(name="joins")([a, b]))
+
+
+def two_answers():
+    inputs = layers.Input((5,))
+    between = layers.Dense(4)(inputs)
+    return keras.Model(inputs, [between, layers.Dense(3)(between)])
 
 
 @pytest.mark.parametrize(
@@ -349,6 +368,7 @@ def branching():
         ),
         (lambda: keras.Sequential([layers.Dense(3)]), "not built"),
         (branching, "only a linear chain"),
+        (two_answers, "2 outputs"),
         (
             lambda: sequential((5,), layers.Dense(4, dtype="mixed_bfloat16", name="d")),
             "'d' .*mixed_bfloat16",

@@ -23,7 +23,7 @@ from cnnrnn_ext.modules import GRU, LSTM, RNN, ConvPool1d, ConvPool2d
 
 
 def is_keras(value):
-    return any(kind.__module__.split(".")[0] in ("keras", "keras_core") for kind in type(value).__mro__)
+    return any(kind.__module__.split(".")[0] == "keras" for kind in type(value).__mro__)
 
 
 def chain(model):
@@ -34,6 +34,8 @@ def chain(model):
         if not getattr(model, "built", False):
             raise ValueError(f"model: {model.name!r} is not built; call it, or give it an Input, first")
         return model.layers
+    if len(model.outputs) != 1:
+        raise ValueError(f"model: {model.name!r} has {len(model.outputs)} outputs; only one is supported")
     parents = {name: list(_parents(entry.get("inbound_nodes", ()))) for name, entry in entries.items()}
     followed = None
     for layer in model.layers:
@@ -73,13 +75,13 @@ def _converted(layer):
     if kind not in CONVERTERS or not type(layer).__module__.startswith("keras."):
         raise options.error("this kind of layer is not supported")
     if getattr(layer, "compute_dtype", None) != getattr(layer, "variable_dtype", None):
-        raise options.error(
-            f"dtype {layer.dtype_policy.name}: mixed precision is not supported; use autocast"
-        )
+        raise options.error(f"dtype={layer.dtype_policy.name} is not supported, only one dtype for all")
     modules = CONVERTERS[kind](layer, options)
     if not layer.trainable:
         for module in modules:
             module.requires_grad_(False)
+            if isinstance(module, OverLast):
+                module.keep_statistics()
     return [(layer.name, module) for module in modules]
 
 
@@ -253,9 +255,7 @@ def _recurrent_of(directions):
     more = {}
     if ours is RNN:
         if options["activation"] not in ("tanh", "relu"):
-            raise options.error(
-                f"activation={options['activation']!r} is not supported, only 'tanh' or 'relu'"
-            )
+            raise options.error(f"activation={options['activation']!r} is not supported, only tanh, relu")
         more["nonlinearity"] = options["activation"]
     rnn, suffixes = None, ("", "_reverse")
     for index, (_, each) in enumerate(directions):

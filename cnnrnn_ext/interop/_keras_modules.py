@@ -17,11 +17,19 @@ class ChannelsLast(nn.Module):
 
 
 class OverLast(nn.Module):
-    """A module of rows [M, C] for inputs [..., C]."""
+    """A BatchNorm of rows [M, C] for inputs [..., C]."""
 
     def __init__(self, module):
         super().__init__()
-        self.module = module
+        self.module, self.frozen = module, False
+
+    def keep_statistics(self):
+        """From now on in eval mode always, as a Keras layer with trainable=False is."""
+        self.frozen = True
+        self.module.eval()
+
+    def train(self, mode=True):
+        return super().train(mode and not self.frozen)
 
     def forward(self, x):
         return self.module(x.flatten(0, -2)).view(x.shape)
