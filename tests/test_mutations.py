@@ -347,8 +347,8 @@ def changed_code(change):
     right = _operator_conv_pool.conv_pool2d_train
 
     def conv_pool2d_train(*args):
-        y, code = right(*args)
-        return y, change(y, code)
+        y, code, kept = right(*args)
+        return y, change(y, code), kept
 
     return _operator_conv_pool, "conv_pool2d_train", conv_pool2d_train
 
@@ -372,22 +372,22 @@ def an_error_of_a_thousandth(gradients):
 
 
 def last_tie_code(*args):
-    y, code = RIGHT_TRAIN(*args)
+    y, code, kept = RIGHT_TRAIN(*args)
     x, weight, bias, stride, padding, dilation, groups, activation, _, size, step = args[:11]
     conv = reference.ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation, groups))
     windows = F.unfold(conv.flatten(0, 1)[:, None], size, stride=step)
     best = windows.max(1, keepdim=True).values
     last = size[0] * size[1] - 1 - (windows == best).flip(1).int().argmax(1)
     last = last.view(y.shape).to(torch.uint8)
-    return y, torch.where(code == 255, code, last)
+    return y, torch.where(code == 255, code, last), kept
 
 
 RIGHT_TRAIN = _operator_conv_pool.conv_pool2d_train
 
 
 def swallows_nan(*args):
-    y, code = RIGHT_TRAIN(*args)
-    return torch.nan_to_num(y, nan=0.0), code
+    y, *saved = RIGHT_TRAIN(*args)
+    return torch.nan_to_num(y, nan=0.0), *saved
 
 
 OPERATOR_MUTATIONS = {
