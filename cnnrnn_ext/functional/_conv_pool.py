@@ -15,7 +15,7 @@ from cnnrnn_ext._checks import (
     shape_of,
 )
 from cnnrnn_ext._fake_kernels import conv_pool2d_sizes
-from cnnrnn_ext._operator_conv_pool import NO_POOL, winner_index
+from cnnrnn_ext._operator_conv_pool import NO_POOL, winner_index, winograd_serves
 from cnnrnn_ext.functional._common import autocast, needs_grad
 from cnnrnn_ext.ops import CODE_POSITIONS
 
@@ -184,6 +184,15 @@ def _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
             return f"no kernel for pool={pool!r} on {x.device.type}"
         if activation not in ("relu", "none"):
             return f"no kernel for activation={activation!r} on {x.device.type}"
+    elif pool != "max" and not winograd_serves(x, weight, stride, dilation, groups):
+        # Where every position of the map has a gradient, the direct kernels are slower than torch's; with
+        # one channel, of which torch's are slow, an average pool is faster all the same.
+        if pool == "none" or x.shape[1] > 1:
+            return f"pool={pool!r} has a kernel only for float32, 3x3, stride 1 and 8 channels or more" + (
+                ", and for one channel" if pool == "avg" else ""
+            )
+    elif groups > 1 and groups == weight.shape[0]:
+        return "no kernel for one output channel of each group (depthwise): torch's is faster"
     if pool_size[0] * pool_size[1] > CODE_POSITIONS:
         return f"no kernel for pooling windows of more than {CODE_POSITIONS} positions"
     # The kernels copy x with its padding, so their memory grows with it.

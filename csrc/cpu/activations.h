@@ -95,7 +95,7 @@ struct Elu {
   }
   template <typename T>
   static CNNRNN_INLINE Vec<T> gradient(Vec<T> y, Vec<T> grad) {
-    return y <= 0 ? grad * (y + 1) : grad;
+    return y > 0 ? grad : grad * (y + 1);
   }
 };
 
