@@ -37,7 +37,7 @@ def stock(input, weight, bias=None, *, padding=0, activation="relu", pool_size=2
 def test_indices_are_torchs(mode, activation, pool, shape, channels_last):
     """Whole numbers, full of ties and of windows that ReLU leaves empty: the first of equals wins.
 
-    8 outputs: what torch computes by vectors and what is left over differ in their last bit, and so tie no more.
+    8 outputs: torch computes what is left over of a vector to another last bit, and equals no longer tie.
     """
     options = {"activation": activation, "padding": 1, **POOLS[pool]}
     tensors = whole(conv_tensors(*shape), -1, 2)
