@@ -311,11 +311,13 @@ void check_backward(const Call& call, const Tensor& grad_y, const Tensor& x, con
   check_shape("kept", *kept, call.average ? map : out);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
-    Tensor grad_y, Tensor x_any, Tensor weight_any, OptionalTensor bias, Tensor code_any,
-    OptionalTensor kept_any, Ints stride, Ints padding, Ints dilation, int64_t groups, Text activation,
-    Text pool, Ints pool_size, Ints pool_stride, Ints pool_padding, bool ceil_mode, bool need_x,
-    bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y, Tensor x_any, Tensor weight_any,
+                                                        OptionalTensor bias, Tensor code_any,
+                                                        OptionalTensor kept_any, Ints stride, Ints padding,
+                                                        Ints dilation, int64_t groups, Text activation,
+                                                        Text pool, Ints pool_size, Ints pool_stride,
+                                                        Ints pool_padding, bool ceil_mode, bool need_x,
+                                                        bool need_weight, bool need_bias) {
   const Call call = check_arguments(x_any, weight_any, bias,
                                     {stride, padding, dilation, groups, activation.take(), pool.take(),
                                      pool_size, pool_stride, pool_padding, ceil_mode});
@@ -324,8 +326,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
   OptionalTensor kept;
   if (kept_any) kept = in_layout(*kept_any, s.channels_last);
   const bool single = grad_y.scalar_type() == ScalarType::Float;
-  const Tensor grad = (single ? gradient_of_map<float> : gradient_of_map<double>)(
-      call, in_layout(grad_y, s.channels_last), get(kept));
+  const Tensor grad = (single ? gradient_of_map<float>
+                              : gradient_of_map<double>)(call, in_layout(grad_y, s.channels_last), get(kept));
   const Tensor code = call.average ? torch::stable::new_zeros(grad, {grad.numel()}, ScalarType::Byte)
                                    : in_layout(code_any, s.channels_last);
   need_bias = need_bias && bias.has_value();

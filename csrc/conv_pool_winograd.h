@@ -35,7 +35,8 @@ struct Outputs {
   }
 };
 
-// Images whose outputs are not all finite are computed again, by direct(s, x, weight, bias, out, from, to): the transforms turn one inf into NaN all over a tile. Whether that happens depends on nothing but the
+// Images whose outputs are not all finite are computed again, by direct(s, x, weight, bias, out, from, to):
+// the transforms turn one inf into NaN all over a tile. Whether that happens depends on nothing but the
 // image.
 template <typename Direct>
 void run_winograd(const WinogradKernels& kernel, const ConvPoolShape& s, const Tensor& x,

@@ -15,7 +15,12 @@ from cnnrnn_ext._checks import (
     shape_of,
 )
 from cnnrnn_ext._fake_kernels import conv_pool2d_sizes
-from cnnrnn_ext._operator_conv_pool import NO_POOL, winner_index, winograd_serves
+from cnnrnn_ext._operator_conv_pool import (
+    ACTIVATION_GRADIENTS,
+    NO_POOL,
+    winner_index,
+    winograd_serves,
+)
 from cnnrnn_ext.functional._common import autocast, needs_grad
 from cnnrnn_ext.ops import CODE_POSITIONS
 
@@ -184,6 +189,8 @@ def _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
             return f"no kernel for pool={pool!r} on {x.device.type}"
         if activation not in ("relu", "none"):
             return f"no kernel for activation={activation!r} on {x.device.type}"
+    elif activation not in ACTIVATION_GRADIENTS:
+        return f"no kernel for activation={activation!r}"
     elif pool != "max" and not winograd_serves(x, weight, stride, dilation, groups):
         # Where every position of the map has a gradient, the direct kernels are slower than torch's; with
         # one channel, of which torch's are slow, an average pool is faster all the same.

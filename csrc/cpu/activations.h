@@ -171,7 +171,8 @@ void activation_gradient(const T* kept, const T* grad, T* out, int64_t n) {
   constexpr int L = kLanesOf<T>;
   int64_t i = 0;
   for (; i + L <= n; i += L) storeu(out + i, A::template gradient<T>(loadu(kept + i), loadu(grad + i)));
-  if (i < n) store_n(out + i, A::template gradient<T>(load_n(kept + i, n - i), load_n(grad + i, n - i)), n - i);
+  if (i < n)
+    store_n(out + i, A::template gradient<T>(load_n(kept + i, n - i), load_n(grad + i, n - i)), n - i);
 }
 
 template <typename T, typename A>

@@ -31,9 +31,9 @@ struct ConvPoolShape {
   Pair input, kernel, stride, padding, dilation;
   Pair conv;                          // size of the map before the pool
   Pair window, step, margin, pooled;  // pool: window size, stride, padding, output size
-  bool relu;       // has kernels of its own, and shows in the codes
-  int activation;  // any other: a row of the table, applied to what the pool leaves
-  bool keyed;      // the pool compares activated values: for activations that fall somewhere
+  bool relu;                          // has kernels of its own, and shows in the codes
+  int activation;                     // any other: a row of the table, applied to what the pool leaves
+  bool keyed;          // the pool compares activated values: for activations that fall somewhere
   bool channels_last;  // of x, y, code and their gradients
 
   int64_t group_channels() const { return channels / groups; }
@@ -73,8 +73,8 @@ struct ConvPoolKernelsOf {
   void (*input)(const ConvPoolShape&, const T* packed, const T* grad_y, const uint8_t* code, T* grad_x,
                 void* scratch, int64_t begin, int64_t end);
 
-  // Average pooling by itself: y from the map [N, K, conv], activated first by row `activation` unless that is
-  // kNoActivation; and the gradient of the map before that row from that of y, with what the row has kept.
+  // Average pooling by itself: y from the map [N, K, conv], activated first by row `activation` unless that
+  // is kNoActivation; and the gradient of the map before that row from that of y, with what the row has kept.
   int64_t (*average_units)(const ConvPoolShape&);
   int64_t (*average_scratch_bytes)(const ConvPoolShape&);
   void (*average)(const ConvPoolShape&, int activation, const T* map, T* y, void* scratch, int64_t begin,

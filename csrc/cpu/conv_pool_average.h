@@ -1,8 +1,8 @@
 // Average pooling of the map that a convolution without a pool leaves, and the gradient of that map.
 //
-// Both go row by row; a row is W pixels of `unit` numbers: of one channel of an NCHW plane, or of all channels
-// of an NHWC image. The divisor is torch's, which counts the pool's padding and no more (ceil_mode may let a
-// window hang further over).
+// Both go row by row; a row is W pixels of `unit` numbers: of one channel of an NCHW plane, or of all
+// channels of an NHWC image. The divisor is torch's, which counts the pool's padding and no more (ceil_mode
+// may let a window hang further over).
 #pragma once
 
 #include "activations.h"
@@ -26,9 +26,7 @@ struct Windows {
 };
 
 inline Windows windows_down(const ConvPoolShape& s) { return {s.conv.h, s.window.h, s.step.h, s.margin.h}; }
-inline Windows windows_across(const ConvPoolShape& s) {
-  return {s.conv.w, s.window.w, s.step.w, s.margin.w};
-}
+inline Windows windows_across(const ConvPoolShape& s) { return {s.conv.w, s.window.w, s.step.w, s.margin.w}; }
 
 // One image is so many planes of rows, whose pixels are so many numbers.
 inline int64_t row_unit(const ConvPoolShape& s) { return s.channels_last ? s.outputs : 1; }
@@ -117,8 +115,7 @@ void average(const ConvPoolShape& s, int activation, const T* map, T* y, void* m
         continue;
       }
       T* pixel = out + px * unit;
-      for (int64_t cx = left; cx < right; ++cx)
-        add_scaled(sums + cx * unit, factor, pixel, unit, cx == left);
+      for (int64_t cx = left; cx < right; ++cx) add_scaled(sums + cx * unit, factor, pixel, unit, cx == left);
     }
   }
 }

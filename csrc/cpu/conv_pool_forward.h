@@ -13,9 +13,9 @@
 namespace {
 
 constexpr int kBlockVectors = 2;
-constexpr int64_t kChain = 32;        // products added up in one go: the sums of such runs are added in turn
-constexpr int64_t kTileWindows = 96;  // windows of a strip: y and codes of a block stay in L1
-constexpr int64_t kTileSingles = 192;   // the same where a window is one position
+constexpr int64_t kChain = 32;         // products added up in one go: the sums of such runs are added in turn
+constexpr int64_t kTileWindows = 96;   // windows of a strip: y and codes of a block stay in L1
+constexpr int64_t kTileSingles = 192;  // the same where a window is one position
 constexpr int64_t kStripPixels = 2048;  // convolution outputs of a strip that goes through the buffer
 
 // How one call is cut up. A strip is a run of pooled rows of one image.
@@ -306,9 +306,11 @@ void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t*
         block(s, plan, group_base, pixels, count, taps, weights, map, ys, codes);
         if (s.keyed) {
           kActivations<T>[s.activation].value(map, keys, count * wide * L);
-          (wide == 2 ? pool_map<T, 2, true> : pool_map<T, 1, true>)(s, map, keys, first, row, rows, ys, codes);
+          (wide == 2 ? pool_map<T, 2, true> : pool_map<T, 1, true>)(s, map, keys, first, row, rows, ys,
+                                                                    codes);
         } else if (!plan.in_registers) {
-          (wide == 2 ? pool_map<T, 2, false> : pool_map<T, 1, false>)(s, map, map, first, row, rows, ys, codes);
+          (wide == 2 ? pool_map<T, 2, false> : pool_map<T, 1, false>)(s, map, map, first, row, rows, ys,
+                                                                      codes);
         }
         weights += wide * L * (plan.taps + 1);
         const auto write = [&](T* to, uint8_t* to_code) {

@@ -1,7 +1,7 @@
 // The max pool of the conv_pool kernels, in registers or through a map in cache.
 //
-// Activations that never fall (all but gelu and silu) are applied to the winner alone: it is the same one. Two
-// positions that differ before such an activation may tie after it, where it is flat in float32 (relu6
+// Activations that never fall (all but gelu and silu) are applied to the winner alone: it is the same one.
+// Two positions that differ before such an activation may tie after it, where it is flat in float32 (relu6
 // from 6 on, sigmoid and tanh saturated, elu below -17); torch then takes the first and this the larger one.
 // The derivative there is nought or less than the rounding of 1, so no gradient tells them apart. Where the
 // activation falls somewhere, the positions compete by their activated values (s.keyed).
@@ -59,8 +59,8 @@ CNNRNN_INLINE void pool_in_registers(bool relu, const Vec<T> (&acc)[kPixels][V],
   }
 }
 
-// Pools the map [conv_rows, conv.w, V * L] of a strip whose first row is `first` of the whole map. kKeyed: the
-// positions compete by what stands in `keys` at their place, and the winner's value is the map's.
+// Pools the map [conv_rows, conv.w, V * L] of a strip whose first row is `first` of the whole map. kKeyed:
+// the positions compete by what stands in `keys` at their place, and the winner's value is the map's.
 template <typename T, int V, bool kKeyed>
 void pool_map(const ConvPoolShape& s, const T* map, const T* keys, int64_t first, int64_t pooled_from,
               int64_t pooled_rows, T* y, T* codes) {
@@ -71,7 +71,9 @@ void pool_map(const ConvPoolShape& s, const T* map, const T* keys, int64_t first
       const int64_t top = larger(y0, 0), bottom = smaller(y0 + s.window.h, s.conv.h);
       const int64_t left = larger(x0, 0), right = smaller(x0 + s.window.w, s.conv.w);
       for (int v = 0; v < V; ++v, y += L, codes += L) {
-        const auto place = [&](int64_t cy, int64_t cx) { return ((cy - first) * s.conv.w + cx) * V * L + v * L; };
+        const auto place = [&](int64_t cy, int64_t cx) {
+          return ((cy - first) * s.conv.w + cx) * V * L + v * L;
+        };
         const T* const competing = kKeyed ? keys : map;
         Vec<T> best = loadu(competing + place(top, left)), value = loadu(map + place(top, left));
         Code<T> code = code_of<T>((top - y0) * s.window.w + left - x0);

@@ -107,8 +107,8 @@ void inverse_block(const ConvPoolShape& s, const WinogradPlan& plan, const float
       }
       vf keys[4];
       if constexpr (kKeyed) {
-        kActivations<float>[s.activation].value(reinterpret_cast<const float*>(y), reinterpret_cast<float*>(keys),
-                                                4 * kLanes);
+        kActivations<float>[s.activation].value(reinterpret_cast<const float*>(y),
+                                                reinterpret_cast<float*>(keys), 4 * kLanes);
       }
 #pragma GCC unroll 2
       for (int i = 0; i < 2 / H; ++i) {
