@@ -144,3 +144,15 @@ def test_in_a_graph(compiled):
     compiled_function = torch.compile(function, backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled_function(**tensors), function(**tensors), strict=True):
         assert torch.equal(a, b)
+
+
+def test_unfused(mode):
+    """The stock pool of a module taken apart returns them too."""
+    module = torch.nn.Sequential(cx.ConvPool2d(3, 5, 3, return_indices=True))
+    x = torch.randn(2, 3, 9, 10)
+    with running_on(mode, *OPS):
+        y, indices = module(x)
+    cx.unfuse_(module)
+    expected, places = module(x)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(indices, places)

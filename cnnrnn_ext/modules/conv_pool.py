@@ -24,21 +24,22 @@ class _ConvPool:
         check_conv_pool_indices(return_indices, pool)
         self.return_indices = return_indices
 
-    def _conv_pool(self, function, input):
+    def _conv_pool(self, input, weight, bias, activation, pool):
+        function = functional.conv_pool2d if len(self.kernel_size) == 2 else functional.conv_pool1d
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return function(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.stride,
             padding,
             self.dilation,
             self.groups,
-            activation=self.activation,
-            pool=self.pool,
+            activation=activation,
+            pool=pool,
             pool_size=self.pool_size,
             pool_stride=self.pool_stride,
             pool_padding=self.pool_padding,
@@ -46,6 +47,9 @@ class _ConvPool:
             precision=self.precision,
             return_indices=self.return_indices,
         )
+
+    def forward(self, input):
+        return self._conv_pool(input, self.weight, self.bias, self.activation, self.pool)
 
     def extra_repr(self):
         pool = f", pool={self.pool}{self.pool_size}" if self.pool != "none" else ""
@@ -106,9 +110,6 @@ class ConvPool2d(_ConvPool, nn.Conv2d):
             activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision, return_indices
         )
 
-    def forward(self, input):
-        return self._conv_pool(functional.conv_pool2d, input)
-
 
 class ConvPool1d(_ConvPool, nn.Conv1d):
     """Convolution, bias, activation and pooling of sequences as one operator.
@@ -150,6 +151,3 @@ class ConvPool1d(_ConvPool, nn.Conv1d):
         self._set_options(
             activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision, return_indices
         )
-
-    def forward(self, input):
-        return self._conv_pool(functional.conv_pool1d, input)
