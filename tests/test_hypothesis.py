@@ -109,7 +109,9 @@ def convolutions(draw):
     if draw(st.booleans()):
         shapes["bias"] = (outputs,)
     wanted = draw(st.sets(st.sampled_from(list(shapes)))) if draw(st.booleans()) else set(shapes)
-    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float64]))
+    dtype = draw(
+        st.sampled_from([torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16])
+    )
     return options, shapes, dtype, draw(st.sampled_from(list(LAYOUTS))), wanted, draw(st.integers(0, 2**31))
 
 
