@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from cnnrnn_ext.models import CNNRNN
 from cnnrnn_ext.recipes.base import Batch, Data, RecipeError
 from cnnrnn_ext.recipes.classification import Classification
@@ -32,7 +30,9 @@ class Video(Classification):
         parser.add_argument("--rnn", choices=("lstm", "gru", "rnn", "rnn_relu"), default="lstm")
         parser.add_argument("--readout", choices=("last", "mean", "attention"), default="last")
         parser.add_argument("--hidden-size", type=int, help="of the RNN (default 128)")
-        parser.add_argument("--frame-size", type=int, default=64, help="side of a frame of --data (default 64)")
+        parser.add_argument(
+            "--frame-size", type=int, default=64, help="side of a frame of --data (default 64)"
+        )
         parser.add_argument("--frames", type=int, default=16, help="of --data, at most, evenly spaced (16)")
         parser.add_argument("--gray", action="store_true", help="read --data without colours")
 
