@@ -1,10 +1,11 @@
 """The user's own clips, read with PyAV: videos, GIFs and folders of frames.
 
-Layout of ``--data``: a folder for each class, named like it, with clips in it. A clip is a video file, or a folder
-of pictures that are its frames in the order of their names (frame2 before frame10). Hidden files are ignored.
+Layout of ``--data``: a folder for each class, named like it, with clips in it. A clip is a video file, or a
+folder of pictures that are its frames in the order of their names (frame2 before frame10). Hidden files are
+ignored.
 
-A clip is read once, when the run begins: at most ``frames`` frames, evenly spaced, resized to a square, as bytes.
-So a set takes clips × frames × size² × channels bytes of memory.
+A clip is read once, when the run begins: at most ``frames`` frames, evenly spaced, resized to a square, as
+bytes. So a set takes clips × frames × size² × channels bytes of memory.
 """
 
 import hashlib
@@ -70,7 +71,7 @@ def _shifted(frames, down, right):
 
 
 def load(root, settings, facts=None):
-    """:class:`base.Data` of the folder ``root``; with a checkpoint's ``facts`` its classes are the known ones."""
+    """:class:`base.Data` of the folder ``root``; a checkpoint's ``facts`` say which classes are known."""
     bad = BadFiles(settings.bad_files)
     found = _labelled(root, bad)
     known = facts["classes"]["label"] if facts else sorted({label for _, label in found})
@@ -157,8 +158,8 @@ def _sorted(folder):
 
 
 def _unambiguous(found, bad):
-    """Without the clips whose content is there twice. In two classes: at least one label is wrong, nobody knows
-    which. In one class: a copy could be trained on and tested with."""
+    """Without the clips whose content is there twice. In two classes: at least one label is wrong, nobody
+    knows which. In one class: a copy could be trained on and tested with."""
     places = {}
     for path, label in found:
         places.setdefault(_digest(path), []).append((path, label))
