@@ -56,9 +56,8 @@ def lines_of(path, bad):
     if path.suffix.lower() in (".csv", ".tsv", ".tab"):
         return [(f"{path.name}, line {line}", text) for line, text, _ in _read(path, bad, label=False)]
     lines = _content(path).splitlines()
-    return [
-        (f"{path.name}, line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    numbered = [(f"{path.name}, line {number}", line.strip()) for number, line in enumerate(lines, 1)]
+    return [(name, text) for name, text in numbered if text]
 
 
 def _content(path):
