@@ -52,12 +52,11 @@ def load(path, seed, bad, known=None):
 
 
 def lines_of(path, bad):
-    """[(name, text)] of a plain text file, a text on each line; of a CSV or TSV table, its column of texts."""
+    """[(name, text)] of a plain text file, one a line; of a CSV or TSV table, its column of texts."""
     if path.suffix.lower() in (".csv", ".tsv", ".tab"):
         return [(f"{path.name}, line {line}", text) for line, text, _ in _read(path, bad, label=False)]
-    lines = _content(path).splitlines()
-    numbered = [(f"{path.name}, line {number}", line.strip()) for number, line in enumerate(lines, 1)]
-    return [(name, text) for name, text in numbered if text]
+    lines = enumerate(_content(path).splitlines(), 1)
+    return [(f"{path.name}, line {number}", line.strip()) for number, line in lines if line.strip()]
 
 
 def _content(path):
