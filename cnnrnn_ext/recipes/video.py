@@ -6,7 +6,7 @@ import torch
 
 from cnnrnn_ext.models import CNNRNN
 from cnnrnn_ext.recipes.base import Batch, Data, RecipeError
-from cnnrnn_ext.recipes.classification import Classification
+from cnnrnn_ext.recipes.classification import Classification, HeadAlone
 from cnnrnn_ext.recipes.data import clips, moving_digits
 from cnnrnn_ext.recipes.data.files import BadFiles
 from cnnrnn_ext.recipes.options import positive
@@ -23,7 +23,7 @@ class Video(Classification):
 
     name = "video"
     needs = {"av": "av"}  # noqa: RUF012 - a constant, as in base
-    epochs = 20
+    epochs = 30
     batch_size = 32
     rate = 2e-3
     quick = {"epochs": 2, "hidden_size": 32}  # noqa: RUF012
@@ -136,7 +136,7 @@ class Video(Classification):
         for head, found in said.items():
             target = facts["classes"][head].index(found["class"])
             values = explain.integrated_gradients(
-                _Head(self, model, head), frames, target, additional_forward_args=(lengths,)
+                HeadAlone(self, model, head), frames, target, additional_forward_args=(lengths,)
             )
             heat[self.describe({head: found})] = values[0].sum(1)
         told = f"{name}: {self.describe(said)}"
@@ -145,17 +145,6 @@ class Video(Classification):
             strips.plain(frames[0], facts), heat,
         )  # fmt: skip
         return told
-
-
-class _Head(torch.nn.Module):
-    """The logits of one head alone."""
-
-    def __init__(self, recipe, model, head):
-        super().__init__()
-        self.recipe, self.model, self.head = recipe, model, head
-
-    def forward(self, *inputs):
-        return self.recipe.logits(self.model(*inputs))[self.head]
 
 
 def _examples(right, count=8):
