@@ -92,14 +92,3 @@ class Classification(Recipe):
                 chosen.setdefault(head, []).append(logits.argmax(1).cpu())
                 truth.setdefault(head, []).append(batch.targets[head].cpu())
         return tuple({head: torch.cat(parts) for head, parts in found.items()} for found in (chosen, truth))
-
-
-class HeadAlone(torch.nn.Module):
-    """A model that returns the logits of one head: what an explanation asks about."""
-
-    def __init__(self, recipe, model, head="label"):
-        super().__init__()
-        self.recipe, self.model, self.head = recipe, model, head
-
-    def forward(self, *inputs):
-        return self.recipe.logits(self.model(*inputs))[self.head]

@@ -7,7 +7,7 @@ import torch
 
 from cnnrnn_ext.models import RNNCNN
 from cnnrnn_ext.recipes.base import Batch, Data, RecipeError
-from cnnrnn_ext.recipes.classification import Classification, HeadAlone
+from cnnrnn_ext.recipes.classification import Classification
 from cnnrnn_ext.recipes.data import labelled, names, tokens
 from cnnrnn_ext.recipes.data.files import BadFiles
 from cnnrnn_ext.recipes.options import positive
@@ -145,7 +145,7 @@ class Text(Classification):
         return {"baseline": {"accuracy": baseline.score(test.texts, test.labels.numpy())}}
 
     def explain(self, path, model, batch, name, facts):
-        """Integrated gradients of the likeliest label, and of its rival, with respect to the embedded tokens."""
+        """Integrated gradients of the likeliest label and of its rival, of each token."""
         from cnnrnn_ext import explain
         from cnnrnn_ext.recipes import text_pictures
 
@@ -156,10 +156,9 @@ class Text(Classification):
         heat = {}
         for label, probability in list(said["label"]["probabilities"].items())[:2]:
             values = explain.integrated_gradients(
-                HeadAlone(self, model), ids, labels.index(label),
-                additional_forward_args=(lengths,), layer=model.embedding,
-            )  # fmt: skip
-            heat[f"{label} {probability:.1%}"] = values[0].sum(-1)[: lengths[0]].tolist()
+                model, ids, labels.index(label), additional_forward_args=(lengths,), head="label"
+            )
+            heat[f"{label} {probability:.1%}"] = values[0].tolist()
         told = f"{name}: {self.describe(said)}"
         text_pictures.explanation(path, told, shown, heat)
         return told

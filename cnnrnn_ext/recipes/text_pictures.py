@@ -10,7 +10,7 @@ ACROSS = 34  # characters of a line
 
 
 def explanation(path, title, tokens, heat):
-    """heat: {answer: a number for each token, above 0 for what spoke for it, below for what spoke against}."""
+    """heat: {answer: a number for each token, above 0: it spoke for it, below: against it}."""
     lines = _lines(tokens)
     width = 2 * MARGIN + SIDE + ACROSS * CELL
     top = 1.35
@@ -18,7 +18,7 @@ def explanation(path, title, tokens, heat):
     with drawing.styled():
         figure = drawing.page(
             width, height, title,
-            "Integrated gradients: red spoke for the answer at the left, blue against it. ⊢ and ⊣: begin and end.",
+            "Integrated gradients: red spoke for the answer, blue against it. ⊢ and ⊣: begin and end.",
         )  # fmt: skip
         y = height - top
         for answer, values in heat.items():

@@ -6,7 +6,7 @@ import torch
 
 from cnnrnn_ext.models import CNNRNN
 from cnnrnn_ext.recipes.base import Batch, Data, RecipeError
-from cnnrnn_ext.recipes.classification import Classification, HeadAlone
+from cnnrnn_ext.recipes.classification import Classification
 from cnnrnn_ext.recipes.data import clips, moving_digits
 from cnnrnn_ext.recipes.data.files import BadFiles
 from cnnrnn_ext.recipes.options import positive
@@ -136,7 +136,7 @@ class Video(Classification):
         for head, found in said.items():
             target = facts["classes"][head].index(found["class"])
             values = explain.integrated_gradients(
-                HeadAlone(self, model, head), frames, target, additional_forward_args=(lengths,)
+                model, frames, target, additional_forward_args=(lengths,), head=head, internal_batch_size=16
             )
             heat[self.describe({head: found})] = values[0].sum(1)
         told = f"{name}: {self.describe(said)}"
