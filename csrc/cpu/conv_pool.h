@@ -31,9 +31,10 @@ struct ConvPoolShape {
   Pair input, kernel, stride, padding, dilation;
   Pair conv;                          // size of the map before the pool
   Pair window, step, margin, pooled;  // pool: window size, stride, padding, output size
-  bool relu;                          // has kernels of its own, and shows in the codes
-  int activation;                     // any other: a row of the table, applied to what the pool leaves
-  bool keyed;          // the pool compares activated values: for activations that fall somewhere
+  // ReLU has kernels of its own and shows in the codes. Any other activation is a row of the table, applied
+  // to what the pool leaves. keyed: the pool compares activated values, for those that fall somewhere.
+  bool relu, keyed;
+  int activation = kNoActivation;
   bool channels_last;  // of x, y, code and their gradients
 
   int64_t group_channels() const { return channels / groups; }

@@ -144,7 +144,7 @@ using InverseBlock = decltype(&inverse_block<2, 2, true, false>);
 template <int H, int W>
 InverseBlock inverse_of_window(bool codes, bool keyed) {
   if constexpr (H * W > 1)
-    if (keyed) return inverse_block<H, W, true, true>;
+    if (keyed) return codes ? inverse_block<H, W, true, true> : inverse_block<H, W, false, true>;
   return codes ? inverse_block<H, W, true, false> : inverse_block<H, W, false, false>;
 }
 
