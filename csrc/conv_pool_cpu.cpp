@@ -170,7 +170,10 @@ void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, 
                  Tensor& y, Tensor* code) {
   if constexpr (std::is_same_v<T, float>) {
     if (winograd_pays(s)) {
-      run_winograd(kernels().winograd, s, x, weight, bias, y, code, run_direct<float>);
+      const auto& winograd = kernels().winograd;
+      run_winograd(
+          winograd, winograd.of_2, s, x, packed_winograd(winograd, winograd.of_2, s, weight, false), bias, y,
+          code, [&](int64_t from, int64_t to) { run_direct<float>(s, x, weight, bias, y, code, from, to); });
       return;
     }
   }
@@ -263,8 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y_any, Tenso
     const Tensor weight = in_layout(weight_any, false);
     grad_x = empty_image(grad_y, s, s.channels, s.input, grad_y.scalar_type());
     if (dense)
-      run_winograd(kernels().winograd, input_gradient_shape(s), alive, mirrored_weight(weight, s),
-                   std::nullopt, grad_x, nullptr, run_direct<float>);
+      run_winograd_input(kernels().winograd, s, alive, weight, grad_x, run_direct<float>);
     else
       (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad_y, weight, code, grad_x);
   }
@@ -275,8 +277,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y_any, Tenso
     if (need_bias) grad_bias = empty_like_of(grad_y, {s.outputs});
     Tensor* const of_weight = need_weight ? &grad_weight : nullptr;
     Tensor* const of_bias = need_bias ? &grad_bias : nullptr;
-    const bool done = dense && run_winograd_weight(kernels().winograd, s, in_layout(alive, false),
-                                                   in_layout(x, false), of_weight, of_bias);
+    const bool done = dense && run_winograd_weight(kernels().winograd, s, alive, x, of_weight, of_bias);
     const auto run = single ? run_weight_gradient<float> : run_weight_gradient<double>;
     if (!done) run(s, grad_y, x, code, of_weight, of_bias);
   }
