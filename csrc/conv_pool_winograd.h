@@ -1,4 +1,4 @@
-// conv_pool by Winograd's F(2x2, 3x3) on the CPU: when, and how it is run.
+// conv_pool by Winograd's F(2x2, 3x3) or F(4x4, 3x3) on the CPU: when, and how it is run.
 #pragma once
 
 #include <atomic>
@@ -19,6 +19,15 @@ inline bool winograd_pays(const ConvPoolShape& s) {
                        s.step.w == s.window.w;
   const int64_t tiles = (s.conv.h + 1) / 2 * ((s.conv.w + 1) / 2);
   return covered && s.channels >= 8 && s.outputs >= 4 && tiles * s.channels >= 128;
+}
+
+// Whether F(4x4, 3x3) is the faster one where F(2x2, 3x3) pays: by the products of one image, and with fewer
+// channels its longer transforms cost what they save (measured as above).
+inline bool coarse_winograd_pays(const ConvPoolShape& s) {
+  const auto tiles = [&](int64_t edge) {
+    return (s.conv.h + edge - 1) / edge * ((s.conv.w + edge - 1) / edge);
+  };
+  return s.channels >= 16 && 36 * tiles(4) < 16 * tiles(2);
 }
 
 // Whether threads share the outputs of a call rather than its units of tiles: each then transforms all
@@ -57,11 +66,28 @@ inline Tensor packed_winograd(const WinogradKernels& kernels, const WinogradForw
   return packed;
 }
 
+// What a forward call writes; code and kept may be null.
+struct Outputs {
+  Tensor* y;
+  Tensor* code;
+  Tensor* kept;
+
+  template <typename T>
+  T* y_data() const {
+    return mutable_data<T>(*y);
+  }
+  uint8_t* code_data() const { return code ? mutable_data<uint8_t>(*code) : nullptr; }
+  template <typename T>
+  T* kept_data() const {
+    return kept ? mutable_data<T>(*kept) : nullptr;
+  }
+};
+
 // Images whose outputs are not all finite are computed again, by direct(from, to): the transforms turn one
 // inf into NaN all over a tile. Whether that happens depends on nothing but the image.
 template <typename Direct>
 void run_winograd(const WinogradKernels& kernels, const WinogradForward& kernel, const ConvPoolShape& s,
-                  const Tensor& x, const Tensor& packed, const OptionalTensor& bias, Tensor& y, Tensor* code,
+                  const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const Outputs& out,
                   const Direct& direct) {
   std::vector<uint8_t> not_finite(s.batch);
   const int64_t units = kernel.units(s), panels = kernels.output_panels(s);
@@ -69,9 +95,9 @@ void run_winograd(const WinogradKernels& kernels, const WinogradForward& kernel,
   in_winograd_slices(
       x, units, panels, shares_outputs(units, panels, kReadsWeights), kernel.scratch_bytes(s),
       [&](int64_t, int64_t begin, int64_t end, int64_t out_begin, int64_t out_end, char* scratch) {
-        kernel.run(s, data<float>(x), data<float>(packed), data<float>(get(bias)), mutable_data<float>(y),
-                   code ? mutable_data<uint8_t>(*code) : nullptr, not_finite.data(), scratch, begin, end,
-                   out_begin, out_end);
+        kernel.run(s, data<float>(x), data<float>(packed), data<float>(get(bias)), out.y_data<float>(),
+                   out.code_data(), out.kept_data<float>(), not_finite.data(), scratch, begin, end, out_begin,
+                   out_end);
       });
   for (int64_t from = 0; from < s.batch;) {
     int64_t to = from;
@@ -88,7 +114,8 @@ inline ConvPoolShape input_gradient_shape(const ConvPoolShape& s) {
   t.input = s.conv;
   t.pooled = t.conv = s.input;
   t.padding = {2 - s.padding.h, 2 - s.padding.w};
-  t.relu = false;
+  t.relu = t.keyed = false;
+  t.activation = kNoActivation;
   return t;
 }
 
@@ -131,10 +158,10 @@ void run_winograd_input(const WinogradKernels& kernels, const ConvPoolShape& s, 
                         const Tensor& weight, Tensor& grad_x, const Direct& direct) {
   const ConvPoolShape t = input_gradient_shape(s);
   const Tensor packed = packed_winograd(kernels, kernels.of_2, t, weight, true);
-  run_winograd(kernels, kernels.of_2, t, grad, packed, std::nullopt, grad_x, nullptr,
-               [&](int64_t from, int64_t to) {
-                 direct(t, grad, mirrored_weight(weight, s), std::nullopt, grad_x, nullptr, from, to);
-               });
+  const Outputs out{&grad_x, nullptr, nullptr};
+  run_winograd(kernels, kernels.of_2, t, grad, packed, std::nullopt, out, [&](int64_t from, int64_t to) {
+    direct(t, grad, mirrored_weight(weight, s), std::nullopt, out, from, to);
+  });
 }
 
 // x and grad in s's order. False where the results are not finite, which Winograd's algorithm cannot tell

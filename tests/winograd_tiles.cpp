@@ -22,6 +22,7 @@ static float whole_number() {  // -3 to 3
 
 static ConvPoolShape shape_of(const int64_t (&sizes)[5], Pair padding, Pair window, bool ceil_mode) {
   ConvPoolShape s{};
+  s.activation = cnnrnn::kNoActivation;
   s.batch = sizes[0], s.channels = sizes[1], s.outputs = sizes[2], s.groups = 1;
   s.input = {sizes[3], sizes[4]};
   s.kernel = {3, 3}, s.stride = s.dilation = {1, 1}, s.padding = padding;
@@ -123,7 +124,7 @@ static void run(const ConvPoolShape& s, Guard guard, bool with_code, bool mirror
   in_quarters(winograd_units<E>(s), winograd_output_units(s),
               [&](int64_t begin, int64_t end, int64_t out_begin, int64_t out_end) {
                 winograd<E>(s, x.data(), packed.data(), shift, y.data(), with_code ? code.data() : nullptr,
-                            not_finite.data(), scratch.data(), begin, end, out_begin, out_end);
+                            nullptr, not_finite.data(), scratch.data(), begin, end, out_begin, out_end);
               });
   const float rounding = 3e-5f * (s.channels + 10);
   compare(s, x.data(), weight.data(), shift, y.data(), with_code ? code.data() : nullptr,
@@ -207,8 +208,8 @@ int main() {
   winograd_pack<2>(s, weight.data(), false, packed.data(), 0, winograd_output_units(s));
   Guarded<char> scratch(round_up(winograd_scratch_bytes<2>(s), 64), Guard::kAfter);
   Guarded<uint8_t> flags(s.batch, Guard::kAfter);
-  winograd<2>(s, x.data(), packed.data(), nullptr, y.data(), nullptr, flags.data(), scratch.data(), 0,
-              winograd_units<2>(s), 0, winograd_output_units(s));
+  winograd<2>(s, x.data(), packed.data(), nullptr, y.data(), nullptr, nullptr, flags.data(), scratch.data(),
+              0, winograd_units<2>(s), 0, winograd_output_units(s));
   for (int64_t n = 0; n < s.batch; ++n) failures += flags[n] != (n == 4);
   std::printf("%d-byte vectors: %ld checks, %ld failures\n", kVectorBytes, static_cast<long>(checks),
               static_cast<long>(failures));

@@ -58,12 +58,14 @@ void winograd_pack(const ConvPoolShape& s, const float* weight, bool mirrored, f
       for (int64_t lane = 0; lane < kLanes; ++lane)
         offsets[lane] = (c + smaller(lane, channels - 1)) * of_channel;
       for (int64_t k = 0; k < rows; ++k) {
-        vf taps[9] = {};
+        vf taps[9];
 #pragma GCC unroll 9
         for (int tap = 0; tap < 9; ++tap) {
           const float* from = weight + (first + k) * of_output + (mirrored ? 8 - tap : tap);
+          vf lanes{};
 #pragma GCC unroll 16
-          for (int lane = 0; lane < kLanes; ++lane) taps[tap][lane] = from[offsets[lane]];
+          for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = from[offsets[lane]];
+          taps[tap] = lanes;
         }
         transform_weights<E>(taps, staged + k * kLanes, kLanes * kLanes);
       }
@@ -93,6 +95,14 @@ CNNRNN_INLINE void challenge(vf value, int64_t position, vf& best, Code<float>& 
   best = vmax(value, best);
 }
 
+// The same between values that compete by their activated keys.
+CNNRNN_INLINE void challenge(vf key, vf value, int64_t position, vf& best_key, vf& best, Code<float>& code) {
+  const Code<float> wins = key > best_key;
+  code = wins ? code_of<float>(position) : code;
+  best = wins ? value : best;
+  best_key = wins ? key : best_key;
+}
+
 // Element 0 of each of N vectors, then element 1 of each, and so on.
 template <int N>
 CNNRNN_INLINE void store_in_turns(float* to, const vf (&v)[N]) {
@@ -113,7 +123,7 @@ CNNRNN_INLINE void store_in_turns(float* to, const vf (&v)[N]) {
 // Phase 3 of one panel for windows of H x W: ys and codes [outputs][E / H][stage_stride]. columns and rows:
 // of the map that remain from each tile's first on. health: NaN in the lanes of tiles with an output that is
 // not finite.
-template <int E, int H, int W, bool kCodes>
+template <int E, int H, int W, bool kCodes, bool kKeyed>
 void inverse_panel(const ConvPoolShape& s, const WinogradPlan<E>& plan, const float* m, const float* bias,
                    int64_t outputs, const int32_t* columns, const int32_t* rows, float* ys, float* codes,
                    float* health) {
@@ -143,6 +153,11 @@ void inverse_panel(const ConvPoolShape& s, const WinogradPlan<E>& plan, const fl
 #pragma GCC unroll 2
           for (int j = 1; j < E; j += 2) y[i][j] = columns_left <= j ? y[i][j - 1] : y[i][j];
       }
+      vf keys[E][E];
+      if constexpr (kKeyed) {
+        kActivations<float>[s.activation].value(reinterpret_cast<const float*>(y),
+                                                reinterpret_cast<float*>(keys), E * E * kLanes);
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < E / H; ++i) {
         const int64_t at = (k * (E / H) + i) * plan.stage_stride + E / W * t;
@@ -150,10 +165,17 @@ void inverse_panel(const ConvPoolShape& s, const WinogradPlan<E>& plan, const fl
 #pragma GCC unroll 4
         for (int j = 0; j < E / W; ++j) {
           vf best = y[H * i][W * j];
+          [[maybe_unused]] vf best_key = keys[H * i][W * j];
           Code<float> code{};
-          if constexpr (W == 2) challenge<kCodes>(y[H * i][W * j + 1], 1, best, code);
-          if constexpr (H == 2) challenge<kCodes>(y[H * i + 1][W * j], W, best, code);
-          if constexpr (H == 2 && W == 2) challenge<kCodes>(y[H * i + 1][W * j + 1], 3, best, code);
+          const auto enter = [&](int row, int column, int64_t position) {
+            if constexpr (kKeyed)
+              challenge(keys[row][column], y[row][column], position, best_key, best, code);
+            else
+              challenge<kCodes>(y[row][column], position, best, code);
+          };
+          if constexpr (W == 2) enter(H * i, W * j + 1, 1);
+          if constexpr (H == 2) enter(H * i + 1, W * j, W);
+          if constexpr (H == 2 && W == 2) enter(H * i + 1, W * j + 1, 3);
           finish<float, kCodes>(s.relu, best, code, reinterpret_cast<float*>(&values[j]),
                                 reinterpret_cast<float*>(&positions[j]));
         }
@@ -166,16 +188,20 @@ void inverse_panel(const ConvPoolShape& s, const WinogradPlan<E>& plan, const fl
 }
 
 template <int E>
-using InversePanel = decltype(&inverse_panel<E, 2, 2, true>);
+using InversePanel = decltype(&inverse_panel<E, 2, 2, true, false>);
+
+template <int E, int H, int W>
+InversePanel<E> inverse_of_window(bool codes, bool keyed) {
+  if constexpr (H * W > 1)
+    if (keyed) return inverse_panel<E, H, W, true, true>;
+  return codes ? inverse_panel<E, H, W, true, false> : inverse_panel<E, H, W, false, false>;
+}
 
 template <int E>
 InversePanel<E> inverse_of(const ConvPoolShape& s, bool codes) {
-  static constexpr InversePanel<E> table[2][2][2] = {
-      {{inverse_panel<E, 1, 1, false>, inverse_panel<E, 1, 1, true>},
-       {inverse_panel<E, 1, 2, false>, inverse_panel<E, 1, 2, true>}},
-      {{inverse_panel<E, 2, 1, false>, inverse_panel<E, 2, 1, true>},
-       {inverse_panel<E, 2, 2, false>, inverse_panel<E, 2, 2, true>}}};
-  return table[s.window.h - 1][s.window.w - 1][codes];
+  if (s.window.h == 1)
+    return (s.window.w == 1 ? inverse_of_window<E, 1, 1> : inverse_of_window<E, 1, 2>)(codes, s.keyed);
+  return (s.window.w == 1 ? inverse_of_window<E, 2, 1> : inverse_of_window<E, 2, 2>)(codes, s.keyed);
 }
 
 // Copies of a few numbers, which a call of the C library's would take as long as.
@@ -249,8 +275,8 @@ void write_block(const ConvPoolShape& s, const WinogradPlan<E>& plan, Pair map, 
 // for images whose outputs are to be computed again.
 template <int E>
 void winograd(const ConvPoolShape& s, const float* x, const float* packed, const float* bias, float* y,
-              uint8_t* code, uint8_t* not_finite, void* memory, int64_t begin, int64_t end, int64_t out_begin,
-              int64_t out_end) {
+              uint8_t* code, float* kept, uint8_t* not_finite, void* memory, int64_t begin, int64_t end,
+              int64_t out_begin, int64_t out_end) {
   const WinogradPlan<E> plan(s);
   char* scratch = static_cast<char*>(memory);
   float* v = carve<float>(scratch, plan.panels * plan.v_size());
@@ -311,7 +337,13 @@ void winograd(const ConvPoolShape& s, const float* x, const float* packed, const
         inverse(s, plan, m + i * plan.m_size(), bias ? bias + k0 : nullptr, outputs, columns + t, rows + t,
                 ys + plan.outputs.w * t, codes + plan.outputs.w * t, health + t);
       }
-      write_block<E>(s, plan, map, runs, output_runs, ys, codes, turned, bytes, k0, outputs, y, code);
+      const auto write = [&](float* to, uint8_t* to_code) {
+        write_block<E>(s, plan, map, runs, output_runs, ys, codes, turned, bytes, k0, outputs, to, to_code);
+      };
+      if (kept) write(kept, nullptr);
+      if (s.activation != cnnrnn::kNoActivation)
+        kActivations<float>[s.activation].value(ys, ys, outputs * plan.outputs.h * plan.stage_stride);
+      write(y, code);
     }
     for (int64_t t = 0; t < count; ++t)
       if (health[t] != 0) __atomic_store_n(not_finite + (first + t) / of_image, 1, __ATOMIC_RELAXED);
