@@ -8,25 +8,28 @@ from cnnrnn_ext._double_backward import double_backward
 
 def setup(ctx, inputs, output):
     x, weight, bias, *config = inputs
-    _, code = output
-    ctx.save_for_backward(x, weight, bias, code)
+    y, code, kept = output
+    activation, pool = config[4:6]
+    if kept.dim() == 1:  # nothing but what the code says, or what y says
+        kept = None if activation == "none" or (activation == "relu" and pool == "max") else y
+    ctx.save_for_backward(x, weight, bias, code, kept)
     ctx.config = config
-    ctx.mark_non_differentiable(code)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def backward_formula(ctx, grad_y, grad_code):
-    x, weight, bias, code = ctx.saved_tensors
+def backward_formula(ctx, grad_y, *grad_saved):
+    x, weight, bias, code, kept = ctx.saved_tensors
     nothing = (None,) * len(ctx.config)
     if grad_y is None:
         return (None, None, None, *nothing)
     need = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.cnnrnn_ext.conv_pool2d_backward(grad_y, x, weight, bias, code, *ctx.config, *need)
+    grads = torch.ops.cnnrnn_ext.conv_pool2d_backward(grad_y, x, weight, bias, code, kept, *ctx.config, *need)
     return (*(g if n else None for g, n in zip(grads, need, strict=True)), *nothing)
 
 
 def backward_setup(ctx, inputs, output):
-    grad_y, x, weight, bias, _code, *config = inputs
+    grad_y, x, weight, bias, _code, _kept, *config = inputs
     ctx.save_for_backward(grad_y, x, weight, bias)
     ctx.config = config
     ctx.set_materialize_grads(False)
@@ -57,7 +60,7 @@ def double_backward_formula(ctx, *outer):
 
     outer = [o if n else None for o, n in zip(outer, need, strict=True)]
     grads = double_backward(function, inputs, [grad_y], outer)
-    return (*grads, None, *([None] * len(ctx.config)))
+    return (*grads, None, None, *([None] * len(ctx.config)))
 
 
 FORMULAS = {

@@ -94,6 +94,11 @@ def explicit_padding(padding, weight, stride, dilation):
     return tuple((t + 1) // 2 for t in total), uneven
 
 
+def check_conv_pool_indices(return_indices, pool):
+    if return_indices and pool != "max":
+        raise ValueError(f"return_indices: expected pool='max' with it, got pool={pool!r}")
+
+
 def check_conv_pool_sizes(x, weight, stride, padding, dilation, pool, *pool_arguments):
     if 0 in x.shape[2:]:
         raise RuntimeError(f"input: expected a non-zero height and width, got shape {shape_of(x)}")

@@ -2,7 +2,7 @@
 
 import torch
 
-from cnnrnn_ext._operator_conv_pool import layout_of
+from cnnrnn_ext._operator_conv_pool import KEPT, layout_of
 from cnnrnn_ext.reference._cells import CELLS
 
 
@@ -31,16 +31,21 @@ def conv_pool2d_train(
     x, weight, bias, stride, padding, dilation, groups, activation, pool,
     pool_size, pool_stride, pool_padding, ceil_mode,
 ):  # fmt: skip
-    _, (height, width) = conv_pool2d_sizes(
+    conv, pooled = conv_pool2d_sizes(
         x, weight, stride, padding, dilation, pool_size, pool_stride, pool_padding, ceil_mode
     )
-    layout = layout_of(x)
-    size = (x.shape[0], weight.shape[0], height, width)
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
-    return y, torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=layout)
+
+    def image(size, dtype=x.dtype):
+        size = (x.shape[0], weight.shape[0], *size)
+        return torch.empty(size, dtype=dtype, device=x.device, memory_format=layout_of(x))
+
+    none = x.new_empty(0)
+    if pool == "avg":
+        return image(pooled), none.to(torch.uint8), none if activation == "none" else image(conv)
+    return image(pooled), image(pooled, torch.uint8), image(pooled) if activation in KEPT else none
 
 
-def conv_pool2d_backward(grad_y, x, weight, bias, code, *config):
+def conv_pool2d_backward(grad_y, x, weight, bias, code, kept, *config):
     need_x, need_weight, need_bias = config[-3:]
     need_bias = need_bias and bias is not None
     layout = layout_of(x)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cnnrnn_ext import reference
 
 DEAD = 255  # the code of an output that passes no gradient
+KEPT = ("gelu", "silu")  # their derivative does not follow from their value
 # No pool, as the operators take it: windows of one position.
 NO_POOL = {
     "pool": "max",
@@ -26,11 +27,27 @@ def layout_of(x):
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
+# The gradient of an activation's argument, from that of its value and what is kept: the argument for those of
+# KEPT, else the value.
+aten = torch.ops.aten
+ACTIVATION_GRADIENTS = {
+    "none": lambda grad, kept: grad,
+    "relu": lambda grad, y: aten.threshold_backward(grad, y, 0),
+    "relu6": lambda grad, y: aten.hardtanh_backward(grad, y, 0, 6),
+    "leaky_relu": lambda grad, y: aten.leaky_relu_backward(grad, y, 0.01, True),
+    "tanh": aten.tanh_backward,
+    "sigmoid": aten.sigmoid_backward,
+    "gelu": aten.gelu_backward,
+    "silu": aten.silu_backward,
+    "elu": lambda grad, y: aten.elu_backward(grad, 1, 1, 1, True, y),
+}
+
+
 def _check_covered(activation, pool):
-    if pool != "max" or activation not in ("relu", "none"):
+    if pool not in ("max", "avg") or activation not in ACTIVATION_GRADIENTS:
         raise RuntimeError(
-            f"conv_pool2d operators cover pool 'max' with activation 'relu' or 'none', got pool {pool!r} "
-            f"with activation {activation!r}; cnnrnn_ext.functional.conv_pool2d covers the rest"
+            f"conv_pool2d operators cover pool 'max' and 'avg', got pool {pool!r} with activation "
+            f"{activation!r}; cnnrnn_ext.functional.conv_pool2d covers the rest"
         )
 
 
@@ -50,24 +67,57 @@ def winograd_serves(x, weight, stride, dilation, groups):
     )
 
 
+def _corners(y, pool_stride, pool_padding):
+    """Where each output's window begins in the map: rows [PH, 1] and columns [PW]."""
+    return (
+        torch.arange(y.shape[2], device=y.device)[:, None] * pool_stride[0] - pool_padding[0],
+        torch.arange(y.shape[3], device=y.device) * pool_stride[1] - pool_padding[1],
+    )
+
+
+def window_index(code, map_width, pool_size, pool_stride, pool_padding):
+    """The codes' places in the map before the pool, as F.max_pool2d's indices; of dead ones any."""
+    code = code.long()
+    rows, columns = _corners(code, pool_stride, pool_padding)
+    return (rows + code // pool_size[1]) * map_width + columns + code % pool_size[1]
+
+
+def winner_index(code, map_width, pool_size, pool_stride, pool_padding):
+    """F.max_pool2d's indices from the codes; a dead window is all zeros, of which the first wins."""
+    rows, columns = _corners(code, pool_stride, pool_padding)
+    first = rows.clamp(min=0) * map_width + columns.clamp(min=0)
+    index = window_index(code, map_width, pool_size, pool_stride, pool_padding)
+    return torch.where(code == DEAD, first, index)
+
+
 def conv_pool2d_train(
     x, weight, bias, stride, padding, dilation, groups, activation, pool,
     pool_size, pool_stride, pool_padding, ceil_mode,
 ):  # fmt: skip
     _check_covered(activation, pool)
+    layout = layout_of(x)
     conv = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    y, index = F.max_pool2d(
-        reference.ACTIVATIONS[activation](conv), pool_size, pool_stride, pool_padding,
-        ceil_mode=ceil_mode, return_indices=True,
-    )  # fmt: skip
+    activated = reference.ACTIVATIONS[activation](conv)
+    none = x.new_empty(0)
+    if pool == "avg":
+        y = F.avg_pool2d(activated, pool_size, pool_stride, pool_padding, ceil_mode)
+        kept = none if activation == "none" else conv if activation in KEPT else activated
+    else:
+        y, index = F.max_pool2d(
+            activated, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode, return_indices=True
+        )
+        kept = conv.flatten(2).gather(2, index.flatten(2)).view_as(y) if activation in KEPT else none
+    if kept is not none:
+        kept = kept.contiguous(memory_format=layout)
+    y = y.contiguous(memory_format=layout)
+    if pool == "avg":
+        return y, none.to(torch.uint8), kept
     rows, columns = index // conv.shape[3], index % conv.shape[3]
-    first_row = torch.arange(y.shape[2], device=y.device)[:, None] * pool_stride[0] - pool_padding[0]
-    first_column = torch.arange(y.shape[3], device=y.device) * pool_stride[1] - pool_padding[1]
+    first_row, first_column = _corners(y, pool_stride, pool_padding)
     code = (rows - first_row) * pool_size[1] + (columns - first_column)
     if activation == "relu":
         code = torch.where(y <= 0, DEAD, code)  # NaN stays alive, as in torch
-    layout = layout_of(x)
-    return y.contiguous(memory_format=layout), code.to(torch.uint8).contiguous(memory_format=layout)
+    return y, code.to(torch.uint8).contiguous(memory_format=layout), kept
 
 
 def conv_pool2d(*args):
@@ -75,7 +125,7 @@ def conv_pool2d(*args):
 
 
 def conv_pool2d_backward(
-    grad_y, x, weight, bias, code, stride, padding, dilation, groups, activation, pool,
+    grad_y, x, weight, bias, code, kept, stride, padding, dilation, groups, activation, pool,
     pool_size, pool_stride, pool_padding, ceil_mode, need_x, need_weight, need_bias,
 ):  # fmt: skip
     _check_covered(activation, pool)
@@ -83,17 +133,24 @@ def conv_pool2d_backward(
         (x.shape[d + 2] + 2 * padding[d] - dilation[d] * (weight.shape[d + 2] - 1) - 1) // stride[d] + 1
         for d in (0, 1)
     )
-    code = code.long()
-    alive = code != DEAD
-    rows = torch.arange(code.shape[2], device=x.device)[:, None] * pool_stride[0] - pool_padding[0]
-    columns = torch.arange(code.shape[3], device=x.device) * pool_stride[1] - pool_padding[1]
-    index = (rows + code // pool_size[1]) * width + columns + code % pool_size[1]
-    grad_conv = grad_y.new_zeros(*code.shape[:2], height * width)
-    grad_conv.scatter_add_(
-        2, torch.where(alive, index, 0).flatten(2), torch.where(alive, grad_y, 0).flatten(2)
-    )
+    if pool == "avg":
+        grad_conv = torch.ops.aten.avg_pool2d_backward(
+            grad_y, grad_y.new_empty(*grad_y.shape[:2], height, width), pool_size, pool_stride, pool_padding,
+            ceil_mode, True, None,
+        )  # fmt: skip
+        grad_conv = ACTIVATION_GRADIENTS[activation](grad_conv, kept)
+    else:
+        if activation != "relu":  # whose derivative is in the code
+            grad_y = ACTIVATION_GRADIENTS[activation](grad_y, kept)
+        alive = code != DEAD
+        index = window_index(code, width, pool_size, pool_stride, pool_padding)
+        grad_conv = grad_y.new_zeros(*code.shape[:2], height * width)
+        grad_conv.scatter_add_(
+            2, torch.where(alive, index, 0).flatten(2), torch.where(alive, grad_y, 0).flatten(2)
+        )
+        grad_conv = grad_conv.view(*code.shape[:2], height, width)
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad_conv.view(*code.shape[:2], height, width), x, weight, [weight.shape[0]],
+        grad_conv, x, weight, [weight.shape[0]],
         stride, padding, dilation, False, [0, 0], groups, [need_x, need_weight, need_bias],
     )  # fmt: skip
     none = x.new_empty(0)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "conv_pool_average.h"
 #include "conv_pool_winograd.h"
 #include "cpu/capability.h"
 #include "cpu/conv_pool.h"
@@ -98,8 +99,28 @@ void check_extents(const ConvPoolShape& s) {
         "size (", s.input.h, ", ", s.input.w, ")");
 }
 
-ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                              const Config& c) {
+// What a call asks for.
+struct Call {
+  ConvPoolShape shape;
+  int activation;  // row of the table, relu's too, or kNoActivation
+  bool average;
+
+  // Whether the derivative of the activation follows from its value.
+  bool of_output() const {
+    return activation == kNoActivation || kernels().f32.activations[activation].of_output;
+  }
+};
+
+int find_activation(const std::string& name) {
+  if (name == "none") return kNoActivation;
+  const auto& table = kernels().f32;
+  for (int row = 0; row < table.activation_count; ++row)
+    if (name == table.activations[row].name) return row;
+  check(false, "activation: expected 'none' or the name of an activation, got '", name, "'");
+  return kNoActivation;
+}
+
+Call check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Config& c) {
   check(x.dim() == 4, "x: expected shape [N, C, H, W], got ", shape(x));
   check(weight.dim() == 4, "weight: expected shape [K, C/groups, KH, KW], got ", shape(weight));
   check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
@@ -116,10 +137,10 @@ ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const Optio
     check_like("bias", *bias, "x", x);
     check_shape("bias", *bias, {weight.size(0)});
   }
-  check(c.pool == "max", "pool: the CPU kernels cover 'max', got '", c.pool, "'");
-  check(c.activation == "relu" || c.activation == "none",
-        "activation: the CPU kernels cover 'relu' and 'none', got '", c.activation, "'");
-  ConvPoolShape s{};
+  check(c.pool == "max" || c.pool == "avg", "pool: the CPU kernels cover 'max' and 'avg', got '", c.pool,
+        "'");
+  Call call{{}, find_activation(c.activation), c.pool == "avg"};
+  ConvPoolShape& s = call.shape;
   s.batch = x.size(0), s.channels = x.size(1), s.outputs = weight.size(0), s.groups = c.groups;
   s.input = {x.size(2), x.size(3)};
   s.kernel = {weight.size(2), weight.size(3)};
@@ -145,36 +166,37 @@ ConvPoolShape check_arguments(const Tensor& x, const Tensor& weight, const Optio
   simplify(s.kernel.w, s.conv.w, s.window.w, s.pooled.w, s.stride.w, s.dilation.w, s.step.w);
   check_extents(s);
   s.relu = c.activation == "relu";
+  s.activation = s.relu ? kNoActivation : call.activation;
+  s.keyed = !call.of_output() && s.positions() > 1;
   s.channels_last = is_channels_last(x);
-  return s;
+  return call;
 }
 
 // Images [from, to).
 template <typename T>
 void run_direct(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                Tensor& y, Tensor* code, int64_t from, int64_t to) {
+                const Outputs& out, int64_t from, int64_t to) {
   const auto& kernel = kernels_of<T>();
   Tensor packed = empty_like_of(x, {kernel.forward_packed_size(s)});
   kernel.forward_pack(s, data<T>(weight), data<T>(get(bias)), mutable_data<T>(packed));
   const int64_t of_image = s.batch == 0 ? 0 : kernel.forward_units(s) / s.batch;
   in_slices(x, (to - from) * of_image, kernel.forward_scratch_bytes(s),
             [&](int64_t, int64_t begin, int64_t end, char* scratch) {
-              kernel.forward(s, data<T>(x), data<T>(packed), mutable_data<T>(y),
-                             code ? mutable_data<uint8_t>(*code) : nullptr, scratch, from * of_image + begin,
-                             from * of_image + end);
+              kernel.forward(s, data<T>(x), data<T>(packed), out.y_data<T>(), out.code_data(),
+                             out.kept_data<T>(), scratch, from * of_image + begin, from * of_image + end);
             });
 }
 
 template <typename T>
 void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                 Tensor& y, Tensor* code) {
+                 const Outputs& out) {
   if constexpr (std::is_same_v<T, float>) {
     if (winograd_pays(s)) {
-      run_winograd(kernels().winograd, s, x, weight, bias, y, code, run_direct<float>);
+      run_winograd(kernels().winograd, s, x, weight, bias, out, run_direct<float>);
       return;
     }
   }
-  run_direct<T>(s, x, weight, bias, y, code, 0, s.batch);
+  run_direct<T>(s, x, weight, bias, out, 0, s.batch);
 }
 
 template <typename T>
@@ -206,17 +228,33 @@ void run_input_gradient(const ConvPoolShape& s, const Tensor& grad_y, const Tens
             });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& weight_any,
-                                   const OptionalTensor& bias_any, const Config& config, bool train) {
-  const ConvPoolShape s = check_arguments(x_any, weight_any, bias_any, config);
+template <typename T>
+void run_any_forward(const Call& call, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                     Tensor& map, const Outputs& out) {
+  if (!call.average) return run_forward<T>(call.shape, x, weight, bias, out);
+  run_forward<T>(without_pool(call.shape, call.of_output()), x, weight, bias, {&map, nullptr, nullptr});
+  run_average(kernels_of<T>(), call.shape, call.of_output() ? kNoActivation : call.activation, map, *out.y);
+}
+
+// y, and for a backward pass code and what is kept of the map: see operators.schema.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_any, const Tensor& weight_any,
+                                           const OptionalTensor& bias_any, const Config& config, bool train) {
+  const Call call = check_arguments(x_any, weight_any, bias_any, config);
+  const ConvPoolShape& s = call.shape;
   const Tensor x = in_layout(x_any, s.channels_last), weight = in_layout(weight_any, false);
   OptionalTensor bias;
   if (bias_any) bias = torch::stable::contiguous(*bias_any);
-  Tensor y = empty_image(x, s, s.outputs, s.pooled, x.scalar_type());
-  Tensor code = train ? empty_image(x, s, s.outputs, s.pooled, ScalarType::Byte) : y;
-  const auto run = x.scalar_type() == ScalarType::Float ? run_forward<float> : run_forward<double>;
-  run(s, x, weight, bias, y, train ? &code : nullptr);
-  return {y, code};
+  const ScalarType dtype = x.scalar_type();
+  Tensor y = empty_image(x, s, s.outputs, s.pooled, dtype);
+  const bool coded = train && !call.average, keeps = train && !call.average && !call.of_output();
+  Tensor code = coded ? empty_image(x, s, s.outputs, s.pooled, ScalarType::Byte)
+                      : empty_like_of(x, {0}, ScalarType::Byte);
+  Tensor kept = keeps ? empty_image(x, s, s.outputs, s.pooled, dtype) : empty_like_of(x, {0});
+  Tensor map = call.average ? empty_image(x, s, s.outputs, s.conv, dtype) : kept;
+  const auto run = dtype == ScalarType::Float ? run_any_forward<float> : run_any_forward<double>;
+  run(call, x, weight, bias, map, {&y, coded ? &code : nullptr, keeps ? &kept : nullptr});
+  if (call.average && call.activation != kNoActivation) kept = map;
+  return {y, code, kept};
 }
 
 Tensor conv_pool2d(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, Ints dilation,
@@ -228,57 +266,95 @@ Tensor conv_pool2d(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, In
                              false));
 }
 
-std::tuple<Tensor, Tensor> conv_pool2d_train(Tensor x, Tensor weight, OptionalTensor bias, Ints stride,
-                                             Ints padding, Ints dilation, int64_t groups, Text activation,
-                                             Text pool, Ints pool_size, Ints pool_stride, Ints pool_padding,
-                                             bool ceil_mode) {
+std::tuple<Tensor, Tensor, Tensor> conv_pool2d_train(Tensor x, Tensor weight, OptionalTensor bias,
+                                                     Ints stride, Ints padding, Ints dilation, int64_t groups,
+                                                     Text activation, Text pool, Ints pool_size,
+                                                     Ints pool_stride, Ints pool_padding, bool ceil_mode) {
   return forward(x, weight, bias,
                  {stride, padding, dilation, groups, activation.take(), pool.take(), pool_size, pool_stride,
                   pool_padding, ceil_mode},
                  true);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y_any, Tensor x_any, Tensor weight_any,
-                                                        OptionalTensor bias, Tensor code_any, Ints stride,
-                                                        Ints padding, Ints dilation, int64_t groups,
-                                                        Text activation, Text pool, Ints pool_size,
-                                                        Ints pool_stride, Ints pool_padding, bool ceil_mode,
-                                                        bool need_x, bool need_weight, bool need_bias) {
-  const ConvPoolShape s = check_arguments(x_any, weight_any, bias,
-                                          {stride, padding, dilation, groups, activation.take(), pool.take(),
-                                           pool_size, pool_stride, pool_padding, ceil_mode});
+// The gradient of what the activation is applied to: of the map where the pool is an average, of the winners
+// elsewhere. grad_y and kept in x's order.
+template <typename T>
+Tensor gradient_of_map(const Call& call, const Tensor& grad_y, const Tensor* kept) {
+  const ConvPoolShape& s = call.shape;
+  if (call.average) {
+    Tensor grad = empty_image(grad_y, s, s.outputs, s.conv, grad_y.scalar_type());
+    run_spread(kernels_of<T>(), s, call.activation, kept, grad_y, grad);
+    return grad;
+  }
+  if (s.activation == kNoActivation) return grad_y;
+  Tensor grad = torch::stable::empty_like(grad_y);
+  const auto gradient = kernels_of<T>().activations[s.activation].gradient;
+  in_slices(grad_y, s.batch * s.outputs * s.windows(), 0, [&](int64_t, int64_t begin, int64_t end, char*) {
+    gradient(data<T>(*kept) + begin, data<T>(grad_y) + begin, mutable_data<T>(grad) + begin, end - begin);
+  });
+  return grad;
+}
+
+// Checks what a backward call gets beside the operands of the forward call.
+void check_backward(const Call& call, const Tensor& grad_y, const Tensor& x, const Tensor& code,
+                    const OptionalTensor& kept) {
+  const ConvPoolShape& s = call.shape;
   const std::vector<int64_t> out = {s.batch, s.outputs, s.pooled.h, s.pooled.w};
-  check_shape("grad_y", grad_y_any, out);
-  check_shape("code", code_any, out);
-  check_like("grad_y", grad_y_any, "x", x_any);
-  check(code_any.scalar_type() == ScalarType::Byte, "code: expected dtype uint8");
-  const Tensor grad_y = in_layout(grad_y_any, s.channels_last), code = in_layout(code_any, s.channels_last);
-  need_bias = need_bias && bias.has_value();
+  const std::vector<int64_t> map = {s.batch, s.outputs, s.conv.h, s.conv.w};
+  check_shape("grad_y", grad_y, out);
+  check_like("grad_y", grad_y, "x", x);
+  check(code.scalar_type() == ScalarType::Byte, "code: expected dtype uint8");
+  if (!call.average) check_shape("code", code, out);
+  if (call.average ? call.activation == kNoActivation : s.activation == kNoActivation) return;
+  check(kept.has_value(), "kept: expected a tensor for this activation, got none");
+  check_like("kept", *kept, "x", x);
+  check_shape("kept", *kept, call.average ? map : out);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y, Tensor x_any, Tensor weight_any,
+                                                        OptionalTensor bias, Tensor code_any,
+                                                        OptionalTensor kept_any, Ints stride, Ints padding,
+                                                        Ints dilation, int64_t groups, Text activation,
+                                                        Text pool, Ints pool_size, Ints pool_stride,
+                                                        Ints pool_padding, bool ceil_mode, bool need_x,
+                                                        bool need_weight, bool need_bias) {
+  const Call call = check_arguments(x_any, weight_any, bias,
+                                    {stride, padding, dilation, groups, activation.take(), pool.take(),
+                                     pool_size, pool_stride, pool_padding, ceil_mode});
+  check_backward(call, grad_y, x_any, code_any, kept_any);
+  const ConvPoolShape s = call.average ? without_pool(call.shape, true) : call.shape;
+  OptionalTensor kept;
+  if (kept_any) kept = in_layout(*kept_any, s.channels_last);
   const bool single = grad_y.scalar_type() == ScalarType::Float;
-  const Tensor none = empty_like_of(grad_y, {0});
+  const Tensor grad = (single ? gradient_of_map<float>
+                              : gradient_of_map<double>)(call, in_layout(grad_y, s.channels_last), get(kept));
+  const Tensor code = call.average ? torch::stable::new_zeros(grad, {grad.numel()}, ScalarType::Byte)
+                                   : in_layout(code_any, s.channels_last);
+  need_bias = need_bias && bias.has_value();
+  const Tensor none = empty_like_of(grad, {0});
   Tensor grad_x = none, grad_weight = none, grad_bias = none;
   const bool dense = single && winograd_backward_pays(s);
-  const Tensor alive = dense ? alive_gradient(grad_y, code, s) : none;
+  const Tensor alive = !dense ? none : s.relu && !call.average ? alive_gradient(grad, code, s) : grad;
   if (need_x) {
     const Tensor weight = in_layout(weight_any, false);
-    grad_x = empty_image(grad_y, s, s.channels, s.input, grad_y.scalar_type());
+    grad_x = empty_image(grad, s, s.channels, s.input, grad.scalar_type());
     if (dense)
       run_winograd(kernels().winograd, input_gradient_shape(s), alive, mirrored_weight(weight, s),
-                   std::nullopt, grad_x, nullptr, run_direct<float>);
+                   std::nullopt, {&grad_x, nullptr, nullptr}, run_direct<float>);
     else
-      (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad_y, weight, code, grad_x);
+      (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad, weight, code, grad_x);
   }
   if (need_weight || need_bias) {
     const Tensor x = in_layout(x_any, s.channels_last);
     if (need_weight)
-      grad_weight = empty_like_of(grad_y, {s.outputs, s.group_channels(), s.kernel.h, s.kernel.w});
-    if (need_bias) grad_bias = empty_like_of(grad_y, {s.outputs});
+      grad_weight = empty_like_of(grad, {s.outputs, s.group_channels(), s.kernel.h, s.kernel.w});
+    if (need_bias) grad_bias = empty_like_of(grad, {s.outputs});
     Tensor* const of_weight = need_weight ? &grad_weight : nullptr;
     Tensor* const of_bias = need_bias ? &grad_bias : nullptr;
     const bool done = dense && run_winograd_weight(kernels().winograd, s, in_layout(alive, false),
                                                    in_layout(x, false), of_weight, of_bias);
     const auto run = single ? run_weight_gradient<float> : run_weight_gradient<double>;
-    if (!done) run(s, grad_y, x, code, of_weight, of_bias);
+    if (!done) run(s, grad, x, code, of_weight, of_bias);
   }
   return {grad_x, grad_weight, grad_bias};
 }

@@ -18,12 +18,29 @@ inline bool winograd_pays(const ConvPoolShape& s) {
   return covered && s.channels >= 8 && s.outputs >= 4 && tiles * s.channels >= 128;
 }
 
-// Images whose outputs are not all finite are computed again, by direct(s, x, weight, bias, y, code, from,
-// to): the transforms turn one inf into NaN all over a tile. Whether that happens depends on nothing but the
+// What a forward call writes; code and kept may be null.
+struct Outputs {
+  Tensor* y;
+  Tensor* code;
+  Tensor* kept;
+
+  template <typename T>
+  T* y_data() const {
+    return mutable_data<T>(*y);
+  }
+  uint8_t* code_data() const { return code ? mutable_data<uint8_t>(*code) : nullptr; }
+  template <typename T>
+  T* kept_data() const {
+    return kept ? mutable_data<T>(*kept) : nullptr;
+  }
+};
+
+// Images whose outputs are not all finite are computed again, by direct(s, x, weight, bias, out, from, to):
+// the transforms turn one inf into NaN all over a tile. Whether that happens depends on nothing but the
 // image.
 template <typename Direct>
 void run_winograd(const WinogradKernels& kernel, const ConvPoolShape& s, const Tensor& x,
-                  const Tensor& weight, const OptionalTensor& bias, Tensor& y, Tensor* code,
+                  const Tensor& weight, const OptionalTensor& bias, const Outputs& out,
                   const Direct& direct) {
   Tensor packed = empty_like_of(x, {kernel.packed_size(s)});
   in_slices(x, kernel.pack_units(s), 0, [&](int64_t, int64_t begin, int64_t end, char*) {
@@ -32,13 +49,13 @@ void run_winograd(const WinogradKernels& kernel, const ConvPoolShape& s, const T
   std::vector<uint8_t> not_finite(s.batch);
   in_slices(
       x, kernel.units(s), kernel.scratch_bytes(s), [&](int64_t, int64_t begin, int64_t end, char* scratch) {
-        kernel.forward(s, data<float>(x), data<float>(packed), data<float>(get(bias)), mutable_data<float>(y),
-                       code ? mutable_data<uint8_t>(*code) : nullptr, not_finite.data(), scratch, begin, end);
+        kernel.forward(s, data<float>(x), data<float>(packed), data<float>(get(bias)), out.y_data<float>(),
+                       out.code_data(), out.kept_data<float>(), not_finite.data(), scratch, begin, end);
       });
   for (int64_t from = 0; from < s.batch;) {
     int64_t to = from;
     while (to < s.batch && not_finite[to]) ++to;
-    if (to > from) direct(s, x, weight, bias, y, code, from, to);
+    if (to > from) direct(s, x, weight, bias, out, from, to);
     from = to + 1;
   }
 }
@@ -50,7 +67,8 @@ inline ConvPoolShape input_gradient_shape(const ConvPoolShape& s) {
   t.input = s.conv;
   t.pooled = t.conv = s.input;
   t.padding = {2 - s.padding.h, 2 - s.padding.w};
-  t.relu = false;
+  t.relu = t.keyed = false;
+  t.activation = kNoActivation;
   return t;
 }
 

@@ -12,8 +12,8 @@ class RnnForward {
       : k(kernels.cells[cell]), p(problem), out(out) {
     work_ = p.scan_work(k.gates) + p.input_work(k.gates);
     workers_ = threads_for(work_, D * panels_ * ceil_div(std::max<int64_t>(layout.rows, 1), k.tile_rows));
-    // Packing costs as much as the product of some rows.
-    const bool few = layout.rows <= kDirectRows;
+    // Packing costs as much as the product of some rows: it reads the weights and writes as much to memory.
+    const bool few = layout.rows <= (layout.steps == 1 ? kDirectStepRows : kDirectRows);
     narrow_ = p.weights != Weights::kElement;
     direct_ = few || N <= kDirectBatch || narrow_;
     // x * W inside the scan's steps if the weights stay in cache from step to step or many rows share what is
@@ -49,7 +49,7 @@ class RnnForward {
 
  private:
   // So few rows in all, or in a step, that reading the weights as they come is faster than packing them.
-  static constexpr int64_t kDirectRows = 16, kDirectBatch = 1;
+  static constexpr int64_t kDirectRows = 16, kDirectStepRows = 64, kDirectBatch = 1;
   static constexpr int64_t kFusedRows = 16;
 
   int64_t packed(int64_t depth) const { return panels_ * k.gates * k.panel_units * depth; }

@@ -124,24 +124,26 @@ Tensor conv_pool2d(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return y;
 }
 
-std::tuple<Tensor, Tensor> conv_pool2d_train(const Tensor& x, const Tensor& weight,
-                                             const OptionalTensor& bias, const Ints& stride,
-                                             const Ints& padding, const Ints& dilation, int64_t groups,
-                                             const std::string& activation, const std::string& pool,
-                                             const Ints& pool_size, const Ints& pool_stride,
-                                             const Ints& pool_padding, bool ceil_mode) {
+std::tuple<Tensor, Tensor, Tensor> conv_pool2d_train(const Tensor& x, const Tensor& weight,
+                                                     const OptionalTensor& bias, const Ints& stride,
+                                                     const Ints& padding, const Ints& dilation,
+                                                     int64_t groups, const std::string& activation,
+                                                     const std::string& pool, const Ints& pool_size,
+                                                     const Ints& pool_stride, const Ints& pool_padding,
+                                                     bool ceil_mode) {
   const ConvPoolShape s = check_shapes(
       x, weight, bias,
       {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
   const Device device(x);
   const Tensor y = empty_map(x, s.n, s.k, s.out), code = empty_map(x, s.n, s.k, s.out, ScalarType::Byte);
   forward(s, x, weight, bias, y, output_map(code), device);
-  return {y, code};
+  return {y, code, nothing(x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-    const Tensor& code, const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+    const Tensor& code, const OptionalTensor& /* kept: for no activation that is covered */,
+    const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
     const std::string& activation, const std::string& pool, const Ints& pool_size, const Ints& pool_stride,
     const Ints& pool_padding, bool ceil_mode, bool need_x, bool need_weight, bool need_bias) {
   const ConvPoolShape s = check_shapes(

@@ -85,12 +85,14 @@ def run_conv(ops, device, case, dtype, x, weight, bias, grad_y):
     bias = None if bias is None else bias.to(device, dtype)
     if case.channels_last:
         x = x.to(memory_format=torch.channels_last)
-    y, code = ops.conv_pool2d_train(x, weight, bias, *case.arguments)
+    y, code, _ = ops.conv_pool2d_train(x, weight, bias, *case.arguments)
     assert y.stride() == torch.empty_like(y, memory_format=_layout(x)).stride()
     inference = ops.conv_pool2d(x, weight, bias, *case.arguments)
     torch.testing.assert_close(inference, y, rtol=0, atol=0, equal_nan=True)
     need_bias = bias is not None
-    grads = ops.conv_pool2d_backward(grad_y, x, weight, bias, code, *case.arguments, True, True, need_bias)
+    grads = ops.conv_pool2d_backward(
+        grad_y, x, weight, bias, code, None, *case.arguments, True, True, need_bias
+    )
     return y, code, *grads
 
 

@@ -38,11 +38,12 @@ def conv_operands():
 
 def conv_backward_operands():
     operands = conv_operands()
-    y, code = operators.conv_pool2d_train(**operands)
+    y, code, _ = operators.conv_pool2d_train(**operands)
     return {
         "grad_y": torch.randn_like(y),
         **operands,
         "code": code,
+        "kept": None,
         "need_x": True,
         "need_weight": True,
         "need_bias": True,
@@ -482,7 +483,7 @@ def wrong_code(value):
 
 def wrong_code_in_padding():
     operands = conv_operands() | {"pool_size": [3, 3], "pool_stride": [2, 2], "pool_padding": [1, 1]}
-    y, code = operators.conv_pool2d_train(**operands)
+    y, code, _ = operators.conv_pool2d_train(**operands)
     rest = {"code": torch.zeros_like(code), "need_x": True, "need_weight": True, "need_bias": True}
     return operators.conv_pool2d_backward(grad_y=torch.ones_like(y), **operands, **rest)
 

@@ -71,8 +71,11 @@ def test_trace_of_a_reference_call(name):
 
 
 UNCOVERED = {
-    "pool": lambda: cx.functional.conv_pool2d(torch.randn(1, 1, 6, 6), torch.randn(2, 1, 3, 3), pool="avg"),
-    "activation": lambda: cx.ConvPool2d(1, 2, 3, activation="tanh")(torch.randn(1, 1, 6, 6)),
+    "pool": lambda: cx.functional.conv_pool2d(torch.randn(1, 2, 6, 6), torch.randn(2, 2, 3, 3), pool="avg"),
+    "depthwise": lambda: cx.ConvPool2d(2, 2, 3, groups=2, activation="tanh")(torch.randn(1, 2, 6, 6)),
+    "return_indices": lambda: cx.ConvPool2d(1, 2, 3, activation="tanh", return_indices=True)(
+        torch.randn(1, 1, 6, 6)
+    ),
     "proj_size": lambda: cx.LSTM(3, 4, proj_size=2)(torch.randn(2, 1, 3)),
     "zoneout": lambda: cx.GRU(3, 4, zoneout=0.1)(torch.randn(2, 1, 3)),
     "recurrent_dropout": lambda: cx.RNN(3, 4, recurrent_dropout=0.1)(torch.randn(2, 1, 3)),

@@ -87,10 +87,19 @@ def test_code_outside_its_window_passes_no_gradient(compiled):
     """A forged code names no position: nothing is written, as for a dead window."""
     x, weight = torch.randn(1, 1, 6, 6), torch.randn(2, 1, 3, 3)
     config = ([1, 1], [0, 0], [1, 1], 1, "relu", "max", [2, 2], [2, 2], [0, 0], False)
-    y, code = torch.ops.cnnrnn_ext.conv_pool2d_train(x, weight, None, *config)
+    y, code, _ = torch.ops.cnnrnn_ext.conv_pool2d_train(x, weight, None, *config)
     for value in (4, 5, 100, 254, 255):
         grads = torch.ops.cnnrnn_ext.conv_pool2d_backward(
-            torch.ones_like(y), x, weight, None, torch.full_like(code, value), *config, True, True, False
+            torch.ones_like(y),
+            x,
+            weight,
+            None,
+            torch.full_like(code, value),
+            None,
+            *config,
+            True,
+            True,
+            False,
         )
         assert not grads[0].any()
         assert not grads[1].any()

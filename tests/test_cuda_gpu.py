@@ -109,9 +109,9 @@ def test_no_host_synchronisation(ops):
     def step():
         *results, reserve = ops.rnn_train("lstm", *operands, *cases.WHOLE)
         grads = cases.lstm_backward(ops, results, operands, results, reserve)
-        y, code = ops.conv_pool2d_train(image, weight, bias, *conv.arguments)
+        y, code, _ = ops.conv_pool2d_train(image, weight, bias, *conv.arguments)
         return [results[0], grads[0], y, *ops.conv_pool2d_backward(
-            y, image, weight, bias, code, *conv.arguments, True, True, True)]  # fmt: skip
+            y, image, weight, bias, code, None, *conv.arguments, True, True, True)]  # fmt: skip
 
     want = step()
     torch.cuda.synchronize()

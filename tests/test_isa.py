@@ -65,7 +65,15 @@ def test_suite_on_each_isa(compiled, isa):
         "not reference and not onnx",  # another package, which may be missing
         *(
             str(tests / f"test_{name}.py")
-            for name in ("conv_pool", "rnn", "cells", "rnn_features", "rnn_exactness", "regressions")
+            for name in (
+                "conv_pool",
+                "conv_pool_activations",
+                "rnn",
+                "cells",
+                "rnn_features",
+                "rnn_exactness",
+                "regressions",
+            )
         ),
         isa=isa,
     )

@@ -18,7 +18,9 @@ import warnings
 import pytest
 import test_cells
 import test_conv_pool
+import test_conv_pool_activations
 import test_operators
+import test_return_indices
 import test_rnn
 import test_rnn_features
 import torch
@@ -27,6 +29,7 @@ from _oracle import CELLS
 from torch.autograd.gradcheck import GradcheckError
 
 from cnnrnn_ext import _library, _operator_conv_pool, _operator_rnn, reference
+from cnnrnn_ext.functional import _conv_pool as _functional
 from cnnrnn_ext.reference import _cells, _rnn
 
 CHECKS = {
@@ -39,6 +42,18 @@ CHECKS = {
     "conv zero": test_conv_pool.test_zero_has_no_gradient,
     "conv nan": lambda mode: test_conv_pool.test_special_value_at_each_position(
         mode, "relu", float("nan"), {}
+    ),
+    "conv leaky": lambda mode: test_conv_pool_activations.test_against_torch(
+        mode, "in registers", "leaky_relu", False
+    ),
+    "conv gelu": lambda mode: test_conv_pool_activations.test_every_window_of_special_values(
+        mode, "gelu", test_conv_pool_activations.NUMBERS
+    ),
+    "conv average": lambda mode: test_conv_pool_activations.test_against_torch(
+        mode, "one channel, 3/2 padded", "leaky_relu", False
+    ),
+    "conv indices": lambda mode: test_return_indices.test_indices_are_torchs(
+        mode, "relu", "3/2 padded", (2, 3, 11, 12, 8, 3), False
     ),
     **{
         cell: functools.partial(test_rnn.test_against_torch, cell=cell, name="small", dtype=torch.float32)
@@ -220,6 +235,13 @@ def last_tie_wins(input, weight, bias, stride, padding, dilation, groups, option
     return F.max_pool2d(y.flip(2, 3), options["pool_size"], options["pool_stride"]).flip(2, 3)
 
 
+def averages_without_padding(input, weight, bias, stride, padding, dilation, groups, options):
+    """The divisor counts the map's positions alone."""
+    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    y = reference.ACTIVATIONS[options["activation"]](y)
+    return F.avg_pool2d(y, *list(options.values())[2:6], count_include_pad=False)
+
+
 REFERENCE_MUTATIONS = {
     "gates i and f swapped": (swapped_gates("lstm", 0, 1), ("lstm", "lstm float64", "lstm cell")),
     "gates f and g swapped": (swapped_gates("lstm", 1, 2), ("lstm", "lstm cell")),
@@ -260,6 +282,11 @@ REFERENCE_MUTATIONS = {
         conv_pool_with(lambda x, w, b, *rest: RIGHT(x, w, b, *rest[:4], **{**rest[4], "activation": "none"})),
         ("conv", "conv negative"),
     ),
+    "leaky ReLU of another slope": (
+        (reference.ACTIVATIONS, "leaky_relu", lambda y: F.leaky_relu(y, 0.011)),
+        ("conv leaky", "conv average"),
+    ),
+    "averages divide by what they cover": (conv_pool_with(averages_without_padding), ("conv average",)),
 }
 
 
@@ -347,8 +374,8 @@ def changed_code(change):
     right = _operator_conv_pool.conv_pool2d_train
 
     def conv_pool2d_train(*args):
-        y, code = right(*args)
-        return y, change(y, code)
+        y, code, kept = right(*args)
+        return y, change(y, code), kept
 
     return _operator_conv_pool, "conv_pool2d_train", conv_pool2d_train
 
@@ -372,25 +399,57 @@ def an_error_of_a_thousandth(gradients):
 
 
 def last_tie_code(*args):
-    y, code = RIGHT_TRAIN(*args)
+    y, code, kept = RIGHT_TRAIN(*args)
     x, weight, bias, stride, padding, dilation, groups, activation, _, size, step = args[:11]
     conv = reference.ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation, groups))
     windows = F.unfold(conv.flatten(0, 1)[:, None], size, stride=step)
     best = windows.max(1, keepdim=True).values
     last = size[0] * size[1] - 1 - (windows == best).flip(1).int().argmax(1)
     last = last.view(y.shape).to(torch.uint8)
-    return y, torch.where(code == 255, code, last)
+    return y, torch.where(code == 255, code, last), kept
 
 
 RIGHT_TRAIN = _operator_conv_pool.conv_pool2d_train
 
 
 def swallows_nan(*args):
-    y, code = RIGHT_TRAIN(*args)
-    return torch.nan_to_num(y, nan=0.0), code
+    y, *saved = RIGHT_TRAIN(*args)
+    return torch.nan_to_num(y, nan=0.0), *saved
+
+
+def whole_windows_divide(*args):
+    """The divisor of a window that hangs over the pool's padding is that of any other."""
+    y, *saved = RIGHT_TRAIN(*args)
+    if args[8] != "avg":
+        return y, *saved
+    window = args[9][0] * args[9][1]
+    return F.avg_pool2d(saved[1], *args[9:13], divisor_override=window), *saved
+
+
+def first_alive(*args):
+    """The pool before an activation that falls: the largest argument wins."""
+    y, code, kept = RIGHT_TRAIN(*args[:7], "none", *args[8:])
+    return reference.ACTIVATIONS[args[7]](y), code, y if args[7] in _operator_conv_pool.KEPT else kept
+
+
+def gradients_with(activation, gradient):
+    return _operator_conv_pool.ACTIVATION_GRADIENTS, activation, gradient
 
 
 OPERATOR_MUTATIONS = {
+    "leaky ReLU's gradient of another slope": (
+        gradients_with("leaky_relu", lambda grad, y: torch.ops.aten.leaky_relu_backward(grad, y, 0.02, True)),
+        ("conv leaky", "conv average"),
+    ),
+    "averages of whole windows": (
+        (_operator_conv_pool, "conv_pool2d_train", whole_windows_divide),
+        ("conv average",),
+    ),
+    "gelu after the pool": ((_operator_conv_pool, "conv_pool2d_train", first_alive), ("conv gelu",)),
+    "a dead window's index in the padding": (
+        (_functional, "winner_index", lambda code, *rest: _operator_conv_pool.window_index(code, *rest)),
+        ("conv indices",),
+    ),
     "last of a tie wins": ((_operator_conv_pool, "conv_pool2d_train", last_tie_code), ("conv ties",)),
     "NaN swallowed": ((_operator_conv_pool, "conv_pool2d_train", swallows_nan), ("conv nan",)),
     "dead windows pass a gradient": (

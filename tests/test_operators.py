@@ -25,6 +25,11 @@ NAMES = [
 CONV_CONFIGS = {
     "default": ([1, 1], [0, 0], [1, 1], 1, "relu", "max", [2, 2], [2, 2], [0, 0], False),
     "everything": ([2, 1], [1, 2], [1, 2], 2, "none", "max", [3, 2], [2, 1], [1, 0], True),
+    "tanh": ([1, 1], [1, 1], [1, 1], 1, "tanh", "max", [2, 2], [2, 2], [0, 0], False),
+    "gelu": ([1, 1], [1, 1], [1, 1], 1, "gelu", "max", [3, 3], [2, 2], [1, 1], False),
+    "average": ([1, 1], [1, 1], [1, 1], 1, "none", "avg", [2, 2], [2, 2], [0, 0], False),
+    "average of silu": ([1, 1], [1, 1], [1, 1], 1, "silu", "avg", [3, 2], [2, 2], [1, 0], True),
+    "average of elu": ([2, 1], [0, 1], [1, 1], 2, "elu", "avg", [2, 3], [1, 2], [0, 1], False),
 }
 
 
@@ -107,7 +112,15 @@ FLAGS = {"conv_pool2d": 3, "rnn": 4, "rnn_cell": 4}
 GRADIENTS = {"conv_pool2d": 1, "rnn": 4, "rnn_cell": 2}  # that come in
 # Of what NAME_train returns: which outputs these belong to, and which the backward takes.
 DIFFERENTIABLE = {"conv_pool2d": (0,), "rnn": (0, 1, 2, 3), "rnn_cell": (0, 1)}
-SAVED = {"conv_pool2d": (1,), "rnn": (0, 3, 4), "rnn_cell": (0, 1, 2)}
+SAVED = {"conv_pool2d": (1, 2), "rnn": (0, 3, 4), "rnn_cell": (0, 1, 2)}
+
+
+def with_conv_saved(forward, outputs):
+    """The arguments of conv_pool2d_backward between grad_y and what is needed."""
+    y, code, kept = outputs
+    if kept.dim() == 1:  # the value of the activation does, if one is needed
+        kept = None if forward[7] in ("none", "relu") else y
+    return (*forward[:3], code, kept, *forward[3:])
 
 
 def backward_arguments(name, forward, need=None, grad=False, missing=()):
@@ -121,7 +134,7 @@ def backward_arguments(name, forward, need=None, grad=False, missing=()):
     need = need or (True,) * FLAGS[name]
     saved = [outputs[i] for i in SAVED[name]]
     if name == "conv_pool2d":
-        return (*grads, *forward[:3], *saved, *forward[3:], *need)
+        return (*grads, *with_conv_saved(forward, outputs), *need)
     return (*grads, *forward, *saved, *need)
 
 
@@ -140,6 +153,11 @@ def sample_arguments(grad):
         "channels_last, everything": conv_arguments("everything", layout=last, grad=grad),
         "no bias": conv_arguments(bias=False, grad=grad),
         "float64": conv_arguments(dtype=torch.float64, grad=grad),
+        "tanh": conv_arguments("tanh", grad=grad),
+        "gelu, channels_last": conv_arguments("gelu", layout=last, grad=grad),
+        "average": conv_arguments("average", grad=grad),
+        "average of silu": conv_arguments("average of silu", grad=grad),
+        "average of elu, channels_last": conv_arguments("average of elu", layout=last, grad=grad),
     }
     layers = {
         **{cell: rnn_arguments(cell, grad=grad, steps=2) for cell in CELLS},
@@ -291,6 +309,10 @@ GRAD_CASES = {
     "conv_pool2d, everything": ("conv_pool2d", lambda: shrunk_conv("everything")),
     "conv_pool2d, no bias": ("conv_pool2d", lambda: shrunk_conv("default", bias=False)),
     **{
+        f"conv_pool2d, {case}": ("conv_pool2d", functools.partial(shrunk_conv, case))
+        for case in ("tanh", "gelu", "average", "average of silu", "average of elu")
+    },
+    **{
         f"rnn, {name}": ("rnn", functools.partial(small_rnn, **options))
         for name, options in SMALL_RNNS.items()
     },
@@ -334,15 +356,15 @@ def test_backward_operator_has_the_gradient_of_its_formula(case):
     def backward(*filled):
         inputs = filled[count : count + len(forward)]
         kept = getattr(operators, name + "_train")(*detached(inputs))
+        if name == "conv_pool2d":
+            return operators.conv_pool2d_backward(filled[0], *with_conv_saved(inputs, kept), *(True,) * 3)
         saved = [kept[i] for i in SAVED[name]]
         return getattr(operators, name + "_backward")(*filled[: count + len(forward)], *saved, *(True,) * 4)
 
     if name == "conv_pool2d":
-        positions = [i for i in tensor_positions(arguments) if i < 4]
-        function, tensors = run_flat(operators.conv_pool2d_backward, arguments, positions, 99)
-    else:
-        positions = tensor_positions(arguments[: count + len(forward)])
-        function, tensors = run_flat(backward, arguments, positions, 99)
+        arguments = (*arguments[:1], *forward)
+    positions = tensor_positions(arguments[: count + len(forward)])
+    function, tensors = run_flat(backward, arguments, positions, 99)
     assert torch.autograd.gradcheck(function, tensors)
 
 
@@ -405,7 +427,7 @@ def test_code_names_the_winner(case):
     """code is the winner's place in its window, or 255: recomputed here from the map before the pool."""
     arguments = conv_arguments(case)
     x, weight, bias, stride, padding, dilation, groups, activation, _, size, step, pad, _ = arguments
-    y, code = operators.conv_pool2d_train(*arguments)
+    y, code, _ = operators.conv_pool2d_train(*arguments)
     conv = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
     conv = conv.relu() if activation == "relu" else conv
     assert code.dtype == torch.uint8

@@ -7,12 +7,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 
 #include "guarded.h"
 
 #define CNNRNN_ISA tested
 #include "conv_pool_winograd.h"
 #include "conv_pool_winograd_grad.h"
+
+constexpr int kSilu = 6;  // its row
 
 static uint32_t seed = 1;
 static float whole_number() {  // -3 to 3
@@ -55,8 +58,14 @@ static float convolution(const ConvPoolShape& s, const float* x, const float* we
   return sum;
 }
 
+// By the row of the table that s names, itself tested elsewhere.
+static float activated(const ConvPoolShape& s, float value) {
+  if (s.activation != cnnrnn::kNoActivation) kActivations<float>[s.activation].value(&value, &value, 1);
+  return value;
+}
+
 static void compare(const ConvPoolShape& s, const float* x, const float* weight, const float* bias,
-                    const float* y, const uint8_t* code) {
+                    const float* y, const uint8_t* code, const float* kept) {
   for (int64_t n = 0; n < s.batch; ++n)
     for (int64_t k = 0; k < s.outputs; ++k)
       for (int64_t row = 0; row < s.pooled.h; ++row)
@@ -67,11 +76,14 @@ static void compare(const ConvPoolShape& s, const float* x, const float* weight,
             const int64_t i = row * s.window.h + q / s.window.w, j = column * s.window.w + q % s.window.w;
             if (i >= s.conv.h || j >= s.conv.w) continue;
             const float value = convolution(s, x, weight, n, k, i, j) + (bias ? bias[k] : 0);
-            if (value > best) best = value, position = static_cast<int>(q);
+            const bool wins = s.keyed ? activated(s, value) > activated(s, best) : value > best;
+            if (wins || best == -INFINITY) best = value, position = static_cast<int>(q);
           }
           if (s.relu && best <= 0) best = 0, position = kDead;
           const int64_t at = place(s, s.outputs, s.pooled, n, k, row, column);
           ++checks;
+          if (kept) failures += kept[at] != best;
+          best = activated(s, best);
           if (y[at] == best && (!code || code[at] == position)) continue;
           if (++failures <= 20)
             std::printf("C %d, window %dx%d, %s: [%d, %d, %d, %d] is %g (code %d), expected %g (%d)\n",
@@ -87,6 +99,8 @@ static void run(const ConvPoolShape& s, Guard guard, bool with_code) {
   Guarded<float> x(s.batch * s.channels * s.input.h * s.input.w, guard), bias(s.outputs, guard);
   Guarded<float> weight(s.outputs * s.channels * 9, guard), y(s.batch * s.outputs * s.windows(), guard);
   Guarded<uint8_t> code(y.size(), guard), not_finite(s.batch, guard);
+  Guarded<float> kept(y.size(), guard);
+  const bool keeps = s.keyed && with_code;
   for (float& value : x) value = whole_number();
   for (float& value : weight) value = whole_number();
   for (float& value : bias) value = whole_number();
@@ -98,9 +112,10 @@ static void run(const ConvPoolShape& s, Guard guard, bool with_code) {
   std::fill(scratch.begin(), scratch.end(), static_cast<char>(0xff));  // NaN
   for (const auto& [begin, end] : {Pair{units / 2, units}, Pair{0, units / 2}})
     winograd(s, x.data(), packed.data(), s.relu ? bias.data() : nullptr, y.data(),
-             with_code ? code.data() : nullptr, not_finite.data(), scratch.data(), begin, end);
+             with_code ? code.data() : nullptr, keeps ? kept.data() : nullptr, not_finite.data(),
+             scratch.data(), begin, end);
   compare(s, x.data(), weight.data(), s.relu ? bias.data() : nullptr, y.data(),
-          with_code ? code.data() : nullptr);
+          with_code ? code.data() : nullptr, keeps ? kept.data() : nullptr);
   for (uint8_t flag : not_finite) failures += flag;
 }
 
@@ -148,6 +163,7 @@ static void run_gradient(ConvPoolShape s, Guard guard) {
 }
 
 int main() {
+  if (std::strcmp(kActivations<float>[kSilu].name, "silu") != 0) return 2;
   const int64_t shapes[][5] = {// N, C, K, H, W
                                {2, 17, 13, 9, 11},
                                {1, 3, 30, 4, 75},
@@ -157,10 +173,11 @@ int main() {
   for (const auto& sizes : shapes)
     for (const Pair window : {Pair{1, 1}, Pair{1, 2}, Pair{2, 1}, Pair{2, 2}})
       for (const Pair padding : {Pair{0, 0}, Pair{1, 1}, Pair{3, 2}})
-        for (int choice = 0; choice < 8; ++choice) {
+        for (int choice = 0; choice < 12; ++choice) {
           ConvPoolShape s = shape_of(sizes, padding, window, choice % 2);
           if (s.windows() == 0) continue;
           s.channels_last = choice & 2, s.relu = choice & 4;
+          if (choice & 8) s.activation = kSilu, s.keyed = s.positions() > 1;
           if (s.positions() == 1 && choice < 2) run_gradient(s, choice ? Guard::kBefore : Guard::kAfter);
           run(s, choice % 3 == 0 ? Guard::kBefore : Guard::kAfter, choice % 3 != 1);
         }
@@ -175,7 +192,7 @@ int main() {
   winograd_pack(s, weight.data(), packed.data(), 0, winograd_pack_units(s));
   Guarded<char> scratch(round_up(winograd_scratch_bytes(s), 64), Guard::kAfter);
   Guarded<uint8_t> flags(s.batch, Guard::kAfter);
-  winograd(s, x.data(), packed.data(), nullptr, y.data(), nullptr, flags.data(), scratch.data(), 0,
+  winograd(s, x.data(), packed.data(), nullptr, y.data(), nullptr, nullptr, flags.data(), scratch.data(), 0,
            winograd_units(s));
   for (int64_t n = 0; n < s.batch; ++n) failures += flags[n] != (n == 4);
   std::printf("%d-byte vectors: %ld checks, %ld failures\n", kVectorBytes, static_cast<long>(checks),

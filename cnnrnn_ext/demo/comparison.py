@@ -1,23 +1,19 @@
 """The demo's network against the same one built from stock torch.nn modules: losses and step times.
 
-Runs in a process of its own (``measure_in_fresh_process``), because the allocator is tuned by environment
-variables that a process reads once, at its start, and because no earlier work should weigh on the timing.
+Runs in a process of its own (:func:`_timing.run_tuned`).
 """
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from cnnrnn_ext import _timing, backend, trace, unfuse_
-from cnnrnn_ext.demo import DemoError, digits, training
+from cnnrnn_ext import _conditions, _timing, backend, trace, unfuse_
+from cnnrnn_ext.demo import DemoError, training
+from cnnrnn_ext.recipes.data import digits
 
 FUSED = "cnnrnn_ext"
 NCHW = "stock NCHW"
@@ -155,35 +151,20 @@ def time_steps(models, optimizers, clips, plan):
         return lambda: training.train_step(model, optimizer, clips)
 
     contenders = {name: contender(name) for name in models}
-    for _ in range(plan.attempts):
-        timings = _timing.paired(
-            contenders, plan.rounds, control=NCHW, turn_s=plan.turn_s, warmup=plan.warmup
-        )
-        if timings.valid:
-            break
-    return timings
+    return _timing.paired_until_valid(
+        contenders, plan.rounds, plan.attempts, control=NCHW, turn_s=plan.turn_s, warmup=plan.warmup
+    )
 
 
 def conditions(recipe, model, clips):
     """What the figures depend on, in words."""
     with trace() as log:
         training.train_step(model, training.optimizer_for(model, recipe), clips)
-    wanted = _timing.tuned_allocator_env().items()
-    tuned = platform.libc_ver()[0] == "glibc" and all(os.environ.get(key) == value for key, value in wanted)
     return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "allocator": "glibc, tuned" if tuned else "default",
-        "kernels": sorted({f"{call.op}: {call.kernel or f'plain torch ({call.reason})'}" for call in log}),
+        **_conditions.conditions(),
+        "kernels": _conditions.kernels(log),
         "step": f"forward, loss, backward, Adam on {recipe.batch} clips of {digits.FRAMES} frames, float32",
     }
-
-
-def cpu_name():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ---- the fresh process ----
@@ -191,15 +172,13 @@ def cpu_name():
 
 def measure_in_fresh_process(recipe, plan, path, threads, mode, show_progress=True):
     """:func:`measure` in a new Python under the tuned allocator; the result is also left at ``path``."""
-    command = [
-        sys.executable, "-m", "cnnrnn_ext.demo.comparison", str(path),
-        "--threads", str(threads), "--backend", mode,
+    status = _timing.run_tuned(
+        "cnnrnn_ext.demo.comparison", path, "--threads", threads, "--backend", mode,
         "--recipe", json.dumps(asdict(recipe)), "--plan", json.dumps(asdict(plan)),
-    ]  # fmt: skip
-    command += [] if show_progress else ["--no-progress"]
-    ended = subprocess.run(command, env={**os.environ, **_timing.tuned_allocator_env()}, check=False)
-    if ended.returncode:
-        raise DemoError(f"the comparison with stock modules ended with exit status {ended.returncode}")
+        *([] if show_progress else ["--no-progress"]),
+    )  # fmt: skip
+    if status:
+        raise DemoError(f"the comparison with stock modules ended with exit status {status}")
     return json.loads(Path(path).read_text())
 
 

@@ -6,6 +6,7 @@ from cnnrnn_ext import reference
 from cnnrnn_ext._backend import use_compiled
 from cnnrnn_ext._checks import (
     check_choice,
+    check_conv_pool_indices,
     check_conv_pool_sizes,
     check_tensor,
     conv_arguments,
@@ -13,7 +14,13 @@ from cnnrnn_ext._checks import (
     pool_arguments,
     shape_of,
 )
-from cnnrnn_ext._operator_conv_pool import NO_POOL, winograd_serves
+from cnnrnn_ext._fake_kernels import conv_pool2d_sizes
+from cnnrnn_ext._operator_conv_pool import (
+    ACTIVATION_GRADIENTS,
+    NO_POOL,
+    winner_index,
+    winograd_serves,
+)
 from cnnrnn_ext.functional._common import autocast, needs_grad
 from cnnrnn_ext.ops import CODE_POSITIONS
 
@@ -37,6 +44,7 @@ def conv_pool2d(
     pool_padding=0,
     ceil_mode=False,
     precision="highest",
+    return_indices=False,
 ):
     """Convolution, bias, activation and pooling as one operator.
 
@@ -55,13 +63,15 @@ def conv_pool2d(
         pool_size, pool_stride, pool_padding, ceil_mode: as in ``F.max_pool2d``; pool_stride defaults to
             pool_size.
         precision: "highest", or "high" to allow faster algorithms of larger error where there are any.
+        return_indices: also return where each maximum stood, as ``F.max_pool2d`` does. Only for pool="max".
 
     Returns:
-        [N, K, PH, PW] (or [K, PH, PW]) in input's dtype and memory format.
+        [N, K, PH, PW] (or [K, PH, PW]) in input's dtype and memory format; with return_indices a pair of that
+        and the flat positions in the convolution's output, int64 of the same shape.
 
     Raises:
         TypeError: a non-tensor, or a size that is no integer.
-        ValueError: an unknown activation, pool or precision.
+        ValueError: an unknown activation, pool or precision; return_indices with another pool than "max".
         RuntimeError: ranks, shapes, dtypes or devices that do not fit, an unknown padding, or an output of
             no pixels.
     """
@@ -76,6 +86,7 @@ def conv_pool2d(
     pool_size, pool_stride, pool_padding = pool_arguments(2, pool, pool_size, pool_stride, pool_padding)
     check_choice("activation", activation, tuple(reference.ACTIVATIONS))
     check_choice("precision", precision, PRECISIONS)
+    check_conv_pool_indices(return_indices, pool)
 
     x = input if input.dim() == 4 else input.unsqueeze(0)
     pads, uneven = explicit_padding(padding, weight, stride, dilation)
@@ -91,17 +102,31 @@ def conv_pool2d(
         "ceil_mode": ceil_mode,
     }
     conv = stride, pads, dilation, groups
-    uncovered = uneven or _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size)
+    uncovered = (
+        uneven
+        or _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size)
+        or (return_indices and _indices_uncovered(activation))
+    )
     if not use_compiled("conv_pool2d", x, uncovered):
-        return reference.conv_pool2d(input, weight, bias, stride, padding, dilation, groups, **options)
+        return reference.conv_pool2d(
+            input, weight, bias, stride, padding, dilation, groups, **options, return_indices=return_indices
+        )
 
     if pool == "none":  # to the operators a pool of windows of one position
         options |= NO_POOL
-    train = needs_grad(x, weight, bias)
-    operator = torch.ops.cnnrnn_ext.conv_pool2d_train if train else torch.ops.cnnrnn_ext.conv_pool2d
-    y = operator(x, weight, bias, stride, pads, dilation, groups, *options.values())
-    y = y[0] if train else y
-    return y if input.dim() == 4 else y.squeeze(0)
+    arguments = (x, weight, bias, stride, pads, dilation, groups, *options.values())
+    if not (return_indices or needs_grad(x, weight, bias)):
+        y = torch.ops.cnnrnn_ext.conv_pool2d(*arguments)
+        return y if input.dim() == 4 else y.squeeze(0)
+    y, code, _ = torch.ops.cnnrnn_ext.conv_pool2d_train(*arguments)
+    y = y if input.dim() == 4 else y.squeeze(0)
+    if not return_indices:
+        return y
+    (_, width), _ = conv_pool2d_sizes(
+        x, weight, stride, pads, dilation, pool_size, pool_stride, pool_padding, ceil_mode
+    )
+    indices = winner_index(code, width, pool_size, pool_stride, pool_padding)
+    return y, indices if input.dim() == 4 else indices.squeeze(0)
 
 
 def conv_pool1d(
@@ -120,6 +145,7 @@ def conv_pool1d(
     pool_padding=0,
     ceil_mode=False,
     precision="highest",
+    return_indices=False,
 ):
     """``conv_pool2d`` for sequences: input [N, C, L] or [C, L], weight [K, C / groups, KL].
 
@@ -150,22 +176,40 @@ def conv_pool1d(
         pool_padding=(0, *pool_padding),
         ceil_mode=ceil_mode,
         precision=precision,
+        return_indices=return_indices,
     )
-    return y.squeeze(-2)
+    return tuple(t.squeeze(-2) for t in y) if return_indices else y.squeeze(-2)
 
 
 def _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
     """Why the kernels do not serve this configuration, or None. conv: stride, padding, dilation, groups."""
-    if pool == "avg":
-        return "no kernel for pool='avg'"
     stride, padding, dilation, groups = conv
-    if pool == "none" and not winograd_serves(x, weight, stride, dilation, groups):
-        return "pool='none' has a kernel only on the CPU, for float32, 3x3, stride 1 and 8 channels or more"
-    if activation not in ("relu", "none"):
+    if x.device.type != "cpu":  # the other kernels: of CUDA
+        if pool != "max":
+            return f"no kernel for pool={pool!r} on {x.device.type}"
+        if activation not in ("relu", "none"):
+            return f"no kernel for activation={activation!r} on {x.device.type}"
+    elif activation not in ACTIVATION_GRADIENTS:
         return f"no kernel for activation={activation!r}"
+    elif pool != "max" and not winograd_serves(x, weight, stride, dilation, groups):
+        # Where every position of the map has a gradient, the direct kernels are slower than torch's; with
+        # one channel, of which torch's are slow, an average pool is faster all the same.
+        if pool == "none" or x.shape[1] > 1:
+            return f"pool={pool!r} has a kernel only for float32, 3x3, stride 1 and 8 channels or more" + (
+                ", and for one channel" if pool == "avg" else ""
+            )
+    elif groups > 1 and groups == weight.shape[0]:
+        return "no kernel for one output channel of each group (depthwise): torch's is faster"
     if pool_size[0] * pool_size[1] > CODE_POSITIONS:
         return f"no kernel for pooling windows of more than {CODE_POSITIONS} positions"
     # The kernels copy x with its padding, so their memory grows with it.
     if any(padding[d] > LARGE_PADDING + x.shape[d + 2] for d in (0, 1)):
         return f"no kernel for a padding of {LARGE_PADDING} more than the input"
+    return None
+
+
+def _indices_uncovered(activation):
+    """The kernels pool before an activation that never falls: where it is flat, torch's winner is another."""
+    if activation in ("relu6", "tanh", "sigmoid", "elu"):
+        return f"no kernel for return_indices with activation={activation!r}, which is flat for large values"
     return None

@@ -133,7 +133,8 @@ class _StockConvPool:
         if kinds is not None:
             kind = kinds[len(ours.kernel_size) - 1]
             size, stride, padding = ours.pool_size, ours.pool_stride, ours.pool_padding
-            self.pooling = kind(size, stride, padding, ceil_mode=ours.ceil_mode)
+            more = {"return_indices": ours.return_indices} if ours.pool == "max" else {}
+            self.pooling = kind(size, stride, padding, ceil_mode=ours.ceil_mode, **more)
         return self
 
     def forward(self, input):

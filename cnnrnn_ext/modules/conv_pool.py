@@ -4,13 +4,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from cnnrnn_ext import functional, reference
-from cnnrnn_ext._checks import check_choice, pool_arguments
+from cnnrnn_ext._checks import check_choice, check_conv_pool_indices, pool_arguments
 
 
 class _ConvPool:
     """What both dimensions share: the options of activation and pool beside torch's convolution module."""
 
-    def _set_options(self, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision):
+    def _set_options(
+        self, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision, return_indices
+    ):
         check_choice("activation", activation, tuple(reference.ACTIVATIONS))
         check_choice("precision", precision, functional.PRECISIONS)
         dims = len(self.kernel_size)
@@ -19,6 +21,8 @@ class _ConvPool:
         )
         self.activation, self.pool = activation, pool
         self.ceil_mode, self.precision = ceil_mode, precision
+        check_conv_pool_indices(return_indices, pool)
+        self.return_indices = return_indices
 
     def _conv_pool(self, input, weight, bias, activation, pool):
         function = functional.conv_pool2d if len(self.kernel_size) == 2 else functional.conv_pool1d
@@ -41,6 +45,7 @@ class _ConvPool:
             pool_padding=self.pool_padding,
             ceil_mode=self.ceil_mode,
             precision=self.precision,
+            return_indices=self.return_indices,
         )
 
     def forward(self, input):
@@ -63,13 +68,15 @@ class ConvPool2d(_ConvPool, nn.Conv2d):
         pool: "max", "avg" or "none".
         pool_size, pool_stride, pool_padding, ceil_mode: as in ``nn.MaxPool2d``.
         precision: "highest", or "high" to allow faster algorithms of larger error where there are any.
+        return_indices: as in ``nn.MaxPool2d``: the output is a pair, with the indices of the maxima. Only for
+            pool="max".
 
     Shape:
         input [N, C, H, W] or [C, H, W]; output [N, K, PH, PW] or [K, PH, PW], in input's memory format.
 
     Raises:
-        As ``nn.Conv2d`` for its arguments; ValueError for an unknown activation, pool or precision;
-        at the call, as ``functional.conv_pool2d``.
+        As ``nn.Conv2d`` for its arguments; ValueError for an unknown activation, pool or precision, or for
+        return_indices with another pool than "max"; at the call, as ``functional.conv_pool2d``.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class ConvPool2d(_ConvPool, nn.Conv2d):
         pool_padding=0,
         ceil_mode=False,
         precision="highest",
+        return_indices=False,
         device=None,
         dtype=None,
     ):
@@ -98,7 +106,9 @@ class ConvPool2d(_ConvPool, nn.Conv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_options(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision)
+        self._set_options(
+            activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision, return_indices
+        )
 
 
 class ConvPool1d(_ConvPool, nn.Conv1d):
@@ -130,6 +140,7 @@ class ConvPool1d(_ConvPool, nn.Conv1d):
         pool_padding=0,
         ceil_mode=False,
         precision="highest",
+        return_indices=False,
         device=None,
         dtype=None,
     ):
@@ -137,4 +148,6 @@ class ConvPool1d(_ConvPool, nn.Conv1d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device=device, dtype=dtype,
         )  # fmt: skip
-        self._set_options(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision)
+        self._set_options(
+            activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision, return_indices
+        )

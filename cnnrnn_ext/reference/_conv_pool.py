@@ -33,11 +33,14 @@ def conv_pool2d(
     pool_padding=0,
     ceil_mode=False,
     precision="highest",
+    return_indices=False,
 ):
     """``pool(activation(conv2d(input, weight, bias)))``; see ``functional.conv_pool2d``."""
     y = ACTIVATIONS[activation](F.conv2d(input, weight, bias, stride, padding, dilation, groups))
     if pool == "max":
-        return F.max_pool2d(y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
+        return F.max_pool2d(
+            y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode, return_indices=return_indices
+        )
     if pool == "avg":
         return F.avg_pool2d(y, pool_size, pool_stride, pool_padding, ceil_mode)
     return y
@@ -59,11 +62,14 @@ def conv_pool1d(
     pool_padding=0,
     ceil_mode=False,
     precision="highest",
+    return_indices=False,
 ):
     """``pool(activation(conv1d(input, weight, bias)))``; see ``functional.conv_pool1d``."""
     y = ACTIVATIONS[activation](F.conv1d(input, weight, bias, stride, padding, dilation, groups))
     if pool == "max":
-        return F.max_pool1d(y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
+        return F.max_pool1d(
+            y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode, return_indices=return_indices
+        )
     if pool == "avg":
         return F.avg_pool1d(y, pool_size, pool_stride, pool_padding, ceil_mode)
     return y

@@ -12,13 +12,29 @@ struct Pair {
   int64_t h, w;
 };
 
-// One call: y [N, K, pooled] = max_pool(relu?(conv(x [N, C, input], weight [K, C / groups, kernel]))).
+// An activation: a row of the table of each instruction set.
+template <typename T>
+struct ActivationOf {
+  const char* name;
+  bool of_output;  // it never falls, and its derivative follows from its value
+  // y may be z, and out may be kept or grad.
+  void (*value)(const T* z, T* y, int64_t n);
+  // grad times the derivative; kept is y where of_output, else z.
+  void (*gradient)(const T* kept, const T* grad, T* out, int64_t n);
+};
+
+constexpr int kNoActivation = -1;
+
+// One call: y [N, K, pooled] = max_pool(activation(conv(x [N, C, input], weight [K, C / groups, kernel]))).
 struct ConvPoolShape {
   int64_t batch, channels, outputs, groups;  // N, C, K
   Pair input, kernel, stride, padding, dilation;
   Pair conv;                          // size of the map before the pool
   Pair window, step, margin, pooled;  // pool: window size, stride, padding, output size
-  bool relu;
+  // ReLU has kernels of its own and shows in the codes. Any other activation is a row of the table, applied
+  // to what the pool leaves. keyed: the pool compares activated values, for those that fall somewhere.
+  bool relu, keyed;
+  int activation = kNoActivation;
   bool channels_last;  // of x, y, code and their gradients
 
   int64_t group_channels() const { return channels / groups; }
@@ -31,13 +47,16 @@ struct ConvPoolShape {
 // scratch belongs to one such call alone.
 template <typename T>
 struct ConvPoolKernelsOf {
-  // Forward. code may be null.
+  const ActivationOf<T>* activations;
+  int64_t activation_count;
+
+  // Forward. code and kept (the winners before the activation) may be null.
   int64_t (*forward_packed_size)(const ConvPoolShape&);
   void (*forward_pack)(const ConvPoolShape&, const T* weight, const T* bias, T* packed);
   int64_t (*forward_units)(const ConvPoolShape&);
   int64_t (*forward_scratch_bytes)(const ConvPoolShape&);
-  void (*forward)(const ConvPoolShape&, const T* x, const T* packed, T* y, uint8_t* code, void* scratch,
-                  int64_t begin, int64_t end);
+  void (*forward)(const ConvPoolShape&, const T* x, const T* packed, T* y, uint8_t* code, T* kept,
+                  void* scratch, int64_t begin, int64_t end);
 
   // Gradients of weight and bias: each call adds into a zeroed partial of its own, reduced afterwards.
   int64_t (*weight_partial_size)(const ConvPoolShape&);
@@ -54,6 +73,16 @@ struct ConvPoolKernelsOf {
   int64_t (*input_scratch_bytes)(const ConvPoolShape&);
   void (*input)(const ConvPoolShape&, const T* packed, const T* grad_y, const uint8_t* code, T* grad_x,
                 void* scratch, int64_t begin, int64_t end);
+
+  // Average pooling by itself: y from the map [N, K, conv], activated first by row `activation` unless that
+  // is kNoActivation; and the gradient of the map before that row from that of y, with what the row has kept.
+  int64_t (*average_units)(const ConvPoolShape&);
+  int64_t (*average_scratch_bytes)(const ConvPoolShape&);
+  void (*average)(const ConvPoolShape&, int activation, const T* map, T* y, void* scratch, int64_t begin,
+                  int64_t end);
+  int64_t (*spread_units)(const ConvPoolShape&);
+  void (*spread)(const ConvPoolShape&, int activation, const T* kept, const T* grad_y, T* grad_map,
+                 int64_t begin, int64_t end);
 };
 
 // Winograd's F(2x2, 3x3): float, 3x3 kernels, stride, dilation and groups 1, windows of 1 or 2
@@ -64,10 +93,10 @@ struct WinogradKernels {
   void (*pack)(const ConvPoolShape&, const float* weight, float* packed, int64_t begin, int64_t end);
   int64_t (*units)(const ConvPoolShape&);
   int64_t (*scratch_bytes)(const ConvPoolShape&);
-  // bias and code may be null. not_finite [N], zeroed: becomes 1 for images that this algorithm cannot
+  // bias, code and kept may be null. not_finite [N], zeroed: becomes 1 for images that this algorithm cannot
   // compute, because inf or NaN is among their outputs.
   void (*forward)(const ConvPoolShape&, const float* x, const float* packed, const float* bias, float* y,
-                  uint8_t* code, uint8_t* not_finite, void* scratch, int64_t begin, int64_t end);
+                  uint8_t* code, float* kept, uint8_t* not_finite, void* scratch, int64_t begin, int64_t end);
 
   // Gradients of weight and bias where there is no pool; x and grad [N, K, conv] contiguous. Units as those
   // of the forward; each call adds into a zeroed partial of its own. The reduction works on outputs [begin,

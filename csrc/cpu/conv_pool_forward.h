@@ -2,19 +2,20 @@
 //
 // One vector runs over output channels; a tile is kPixels convolution outputs of up to kBlockVectors
 // vectors, held in registers over all taps. Where windows of 2 or 4 positions do not overlap, the tile is
-// made of whole windows and the pool is an elementwise maximum between its registers. Other pools go
-// through a buffer that stays in cache.
+// made of whole windows and the pool is an elementwise maximum between its registers; where there is no pool
+// (windows of one position) the tile is the output. Other pools go through a buffer that stays in cache.
 #pragma once
 
-#include "conv_pool_common.h"
+#include "activations.h"
+#include "conv_pool_pool.h"
 #include "transpose.h"
 
 namespace {
 
-constexpr int kPixels = kVectorRegisters == 32 ? 12 : 4;
 constexpr int kBlockVectors = 2;
-constexpr int64_t kChain = 32;        // products added up in one go: the sums of such runs are added in turn
-constexpr int64_t kTileWindows = 96;  // windows of a strip: y and codes of a block stay in L1
+constexpr int64_t kChain = 32;         // products added up in one go: the sums of such runs are added in turn
+constexpr int64_t kTileWindows = 96;   // windows of a strip: y and codes of a block stay in L1
+constexpr int64_t kTileSingles = 192;  // the same where a window is one position
 constexpr int64_t kStripPixels = 2048;  // convolution outputs of a strip that goes through the buffer
 
 // How one call is cut up. A strip is a run of pooled rows of one image.
@@ -32,8 +33,9 @@ struct ForwardPlan {
     taps = s.group_channels() * s.kernel.h * s.kernel.w;
     vectors = ceil_div(s.group_outputs(), kLanesOf<T>);
     const bool disjoint = s.step.h >= s.window.h && s.step.w >= s.window.w && s.margin.h + s.margin.w == 0;
-    in_registers = disjoint && (s.positions() == 2 || s.positions() == 4);
-    rows = in_registers ? kTileWindows / s.pooled.w : kStripPixels / (s.conv.w * s.step.h);
+    in_registers = disjoint && !s.keyed && (s.positions() <= 2 || s.positions() == 4);
+    rows = in_registers ? (s.positions() == 1 ? kTileSingles : kTileWindows) / s.pooled.w
+                        : kStripPixels / (s.conv.w * s.step.h);
     rows = smaller(larger(rows, 1), s.pooled.h);
     strips = ceil_div(s.pooled.h, rows);
     rows = ceil_div(s.pooled.h, strips);  // even strips
@@ -56,6 +58,7 @@ struct ForwardPlan {
   int64_t input_size(const ConvPoolShape& s) const { return padded ? s.channels * in_rows * in_cols : 0; }
   int64_t block_lanes() const { return kBlockVectors * kLanesOf<T>; }
   int64_t map_size(const ConvPoolShape& s) const { return in_registers ? 0 : tile_pixels(s) * block_lanes(); }
+  int64_t keys_size(const ConvPoolShape& s) const { return s.keyed ? map_size(s) : 0; }
   int64_t out_size(const ConvPoolShape& s) const { return (rows * s.pooled.w + kPixels) * block_lanes(); }
 };
 
@@ -74,7 +77,7 @@ int64_t forward_scratch_bytes(const ConvPoolShape& s) {
   const ForwardPlan<T> plan(s);
   return carved_bytes(plan.taps, sizeof(int64_t)) + 2 * carved_bytes(plan.tile_pixels(s), sizeof(int64_t)) +
          carved_bytes(plan.input_size(s), sizeof(T)) + carved_bytes(plan.map_size(s), sizeof(T)) +
-         2 * carved_bytes(plan.out_size(s), sizeof(T));
+         carved_bytes(plan.keys_size(s), sizeof(T)) + 2 * carved_bytes(plan.out_size(s), sizeof(T));
 }
 
 // weight [K, C/G, KH, KW], bias [K] or null -> per group and block of vectors: bias, then one row a tap.
@@ -202,75 +205,6 @@ CNNRNN_INLINE void convolve(const T* base, const int64_t* pixels, const int64_t*
 }
 
 template <typename T>
-using Code = typename Simd<T>::I;
-
-template <typename T>
-CNNRNN_INLINE Code<T> code_of(int64_t position) {
-  return Code<T>{} + static_cast<decltype(Code<T>{}[0] + 0)>(position);
-}
-
-// torch's rule: a later value wins if greater, or if it is NaN.
-template <typename T>
-CNNRNN_INLINE void compete(Vec<T> value, Code<T> position, Vec<T>& best, Code<T>& code) {
-  const Code<T> wins = (value > best) | (value != value);
-  best = wins ? value : best;
-  code = wins ? position : code;
-}
-
-// ReLU of the pooled value (max and ReLU commute) and the codes of windows that pass no gradient.
-template <typename T, bool kCodes>
-CNNRNN_INLINE void finish(bool relu, Vec<T> best, Code<T> code, T* y, T* codes) {
-  if (relu) {
-    const Code<T> dead = best <= Vec<T>{};
-    best = dead ? Vec<T>{} : best;
-    code = dead ? code_of<T>(kDead) : code;
-  }
-  storeu(y, best);
-  if constexpr (kCodes) storeu(codes, reinterpret_cast<Vec<T>>(code));
-}
-
-// One tile made of whole windows of Q positions: the pool is between registers. Inference needs no codes.
-template <typename T, int V, int Q, bool kCodes>
-CNNRNN_INLINE void pool_in_registers(bool relu, const Vec<T> (&acc)[kPixels][V], T* y, T* codes) {
-  constexpr int L = kLanesOf<T>;
-#pragma GCC unroll 16
-  for (int window = 0; window < kPixels / Q; ++window) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      Vec<T> best = acc[window * Q][v];
-      Code<T> code{};
-#pragma GCC unroll 4
-      for (int q = 1; q < Q; ++q) compete<T>(acc[window * Q + q][v], code_of<T>(q), best, code);
-      finish<T, kCodes>(relu, best, code, y + (window * V + v) * L, codes + (window * V + v) * L);
-    }
-  }
-}
-
-// Pools the map [conv_rows, conv.w, V * L] of a strip whose first row is `first` of the whole map.
-template <typename T, int V>
-void pool_map(const ConvPoolShape& s, const T* map, int64_t first, int64_t pooled_from, int64_t pooled_rows,
-              T* y, T* codes) {
-  constexpr int L = kLanesOf<T>;
-  for (int64_t py = pooled_from; py < pooled_from + pooled_rows; ++py) {
-    for (int64_t px = 0; px < s.pooled.w; ++px) {
-      const int64_t y0 = py * s.step.h - s.margin.h, x0 = px * s.step.w - s.margin.w;
-      const int64_t top = larger(y0, 0), bottom = smaller(y0 + s.window.h, s.conv.h);
-      const int64_t left = larger(x0, 0), right = smaller(x0 + s.window.w, s.conv.w);
-      for (int v = 0; v < V; ++v, y += L, codes += L) {
-        const T* at = map + v * L;
-        Vec<T> best = loadu(at + ((top - first) * s.conv.w + left) * V * L);
-        Code<T> code = code_of<T>((top - y0) * s.window.w + left - x0);
-        for (int64_t cy = top; cy < bottom; ++cy)
-          for (int64_t cx = left; cx < right; ++cx)
-            compete<T>(loadu(at + ((cy - first) * s.conv.w + cx) * V * L),
-                       code_of<T>((cy - y0) * s.window.w + cx - x0), best, code);
-        finish<T, true>(s.relu, best, code, y, codes);
-      }
-    }
-  }
-}
-
-template <typename T>
 CNNRNN_INLINE void store_codes(uint8_t* out, Vec<T> v, int64_t n) {
   typedef uint8_t Bytes __attribute__((vector_size(kLanesOf<T>)));
   const Bytes bytes = __builtin_convertvector(reinterpret_cast<Code<T>>(v), Bytes);
@@ -320,14 +254,16 @@ void forward_block(const ConvPoolShape& s, const ForwardPlan<T>& plan, const T* 
         for (int v = 0; v < V; ++v) storeu(map + ((p + i) * V + v) * L, acc[i][v]);
     } else if (s.positions() == 4) {
       pool_in_registers<T, V, 4, kCodes>(s.relu, acc, ys + p / 4 * V * L, codes + p / 4 * V * L);
-    } else {
+    } else if (s.positions() == 2) {
       pool_in_registers<T, V, 2, kCodes>(s.relu, acc, ys + p / 2 * V * L, codes + p / 2 * V * L);
+    } else {
+      pool_in_registers<T, V, 1, kCodes>(s.relu, acc, ys + p * V * L, codes + p * V * L);
     }
   }
 }
 
 template <typename T>
-void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t* code, void* memory,
+void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t* code, T* kept, void* memory,
              int64_t begin, int64_t end) {
   constexpr int L = kLanesOf<T>;
   const ForwardPlan<T> plan(s);
@@ -336,6 +272,7 @@ void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t*
   int64_t* pixels = carve<int64_t>(scratch, plan.tile_pixels(s));
   T* strip_input = carve<T>(scratch, plan.input_size(s));
   T* map = carve<T>(scratch, plan.map_size(s));
+  T* keys = carve<T>(scratch, plan.keys_size(s));
   T* ys = carve<T>(scratch, plan.out_size(s));
   T* codes = carve<T>(scratch, plan.out_size(s));
   fill_taps(s, plan, taps);
@@ -367,11 +304,23 @@ void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t*
         const auto block = code ? (wide == 2 ? forward_block<T, 2, true> : forward_block<T, 1, true>)
                                 : (wide == 2 ? forward_block<T, 2, false> : forward_block<T, 1, false>);
         block(s, plan, group_base, pixels, count, taps, weights, map, ys, codes);
-        if (!plan.in_registers)
-          (wide == 2 ? pool_map<T, 2> : pool_map<T, 1>)(s, map, first, row, rows, ys, codes);
+        if (s.keyed) {
+          kActivations<T>[s.activation].value(map, keys, count * wide * L);
+          (wide == 2 ? pool_map<T, 2, true> : pool_map<T, 1, true>)(s, map, keys, first, row, rows, ys,
+                                                                    codes);
+        } else if (!plan.in_registers) {
+          (wide == 2 ? pool_map<T, 2, false> : pool_map<T, 1, false>)(s, map, map, first, row, rows, ys,
+                                                                      codes);
+        }
         weights += wide * L * (plan.taps + 1);
-        write_block(s, ys, codes, wide * L, smaller(wide * L, s.group_outputs() - v * L), n,
-                    g * s.group_outputs() + v * L, row, rows * s.pooled.w, y, code);
+        const auto write = [&](T* to, uint8_t* to_code) {
+          write_block(s, ys, codes, wide * L, smaller(wide * L, s.group_outputs() - v * L), n,
+                      g * s.group_outputs() + v * L, row, rows * s.pooled.w, to, to_code);
+        };
+        if (kept) write(kept, nullptr);
+        if (s.activation != cnnrnn::kNoActivation)
+          kActivations<T>[s.activation].value(ys, ys, rows * s.pooled.w * wide * L);
+        write(y, code);
       }
     }
   }

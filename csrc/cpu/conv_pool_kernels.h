@@ -1,6 +1,7 @@
 // The kernel table of conv_pool for the instruction set that this is compiled for.
 #pragma once
 
+#include "conv_pool_average.h"
 #include "conv_pool_forward.h"
 #include "conv_pool_grad_input.h"
 #include "conv_pool_grad_weight.h"
@@ -12,7 +13,9 @@ namespace {
 
 template <typename T>
 constexpr cnnrnn::ConvPoolKernelsOf<T> conv_pool_kernels_of() {
-  return {forward_packed_size<T>,
+  return {kActivations<T>,
+          sizeof(kActivations<T>) / sizeof(kActivations<T>[0]),
+          forward_packed_size<T>,
           forward_pack<T>,
           forward_units<T>,
           forward_scratch_bytes<T>,
@@ -26,7 +29,12 @@ constexpr cnnrnn::ConvPoolKernelsOf<T> conv_pool_kernels_of() {
           input_pack<T>,
           input_units<T>,
           input_scratch_bytes<T>,
-          input_gradient<T>};
+          input_gradient<T>,
+          average_units,
+          average_scratch_bytes<T>,
+          average<T>,
+          spread_units,
+          spread<T>};
 }
 
 }  // namespace

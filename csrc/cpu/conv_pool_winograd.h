@@ -54,6 +54,14 @@ CNNRNN_INLINE void challenge(vf value, int64_t position, vf& best, Code<float>& 
   best = vmax(value, best);
 }
 
+// The same between values that compete by their activated keys.
+CNNRNN_INLINE void challenge(vf key, vf value, int64_t position, vf& best_key, vf& best, Code<float>& code) {
+  const Code<float> wins = key > best_key;
+  code = wins ? code_of<float>(position) : code;
+  best = wins ? value : best;
+  best_key = wins ? key : best_key;
+}
+
 // Two rows of outputs of a tile, side by side as in the image.
 template <bool kCodes>
 CNNRNN_INLINE void finish_columns(bool relu, const vf (&best)[2], const Code<float> (&code)[2], float* y,
@@ -74,7 +82,7 @@ CNNRNN_INLINE void finish_columns(bool relu, const vf (&best)[2], const Code<flo
 
 // Phase 3 for windows of H x W: ys and codes [outputs][2 / H][stage_stride]. right and below: lanes whose
 // window reaches beyond the map. health: NaN in the lanes of tiles with an output that is not finite.
-template <int H, int W, bool kCodes>
+template <int H, int W, bool kCodes, bool kKeyed>
 void inverse_block(const ConvPoolShape& s, const WinogradPlan& plan, const float* m, const float* bias,
                    int64_t outputs, int64_t tiles, const int32_t* right, const int32_t* below, float* ys,
                    float* codes, float* health) {
@@ -97,14 +105,30 @@ void inverse_block(const ConvPoolShape& s, const WinogradPlan& plan, const float
         y[1] = beyond_right ? y[0] : y[1];
         y[3] = beyond_right ? y[2] : y[3];
       }
+      vf keys[4];
+      if constexpr (kKeyed) {
+        kActivations<float>[s.activation].value(reinterpret_cast<const float*>(y),
+                                                reinterpret_cast<float*>(keys), 4 * kLanes);
+      }
 #pragma GCC unroll 2
       for (int i = 0; i < 2 / H; ++i) {
         const int64_t at = (k * (2 / H) + i) * plan.stage_stride + 2 / W * t;
         vf best[2] = {y[2 * i], y[2 * i + 1]};
         Code<float> code[2] = {};
-        if constexpr (W == 2) challenge<kCodes>(y[2 * i + 1], 1, best[0], code[0]);
-        if constexpr (H == 2) challenge<kCodes>(y[2], W, best[0], code[0]);
-        if constexpr (H == 2) challenge<kCodes>(y[3], 2 * W - 1, best[W == 2 ? 0 : 1], code[W == 2 ? 0 : 1]);
+        constexpr int kLast = W == 2 ? 0 : 1;  // the window that y[3] belongs to
+        if constexpr (kKeyed) {
+          vf best_key[2] = {keys[2 * i], keys[2 * i + 1]};
+          const auto enter = [&](int j, int64_t position, int window) {
+            challenge(keys[j], y[j], position, best_key[window], best[window], code[window]);
+          };
+          if constexpr (W == 2) enter(2 * i + 1, 1, 0);
+          if constexpr (H == 2) enter(2, W, 0);
+          if constexpr (H == 2) enter(3, 2 * W - 1, kLast);
+        } else {
+          if constexpr (W == 2) challenge<kCodes>(y[2 * i + 1], 1, best[0], code[0]);
+          if constexpr (H == 2) challenge<kCodes>(y[2], W, best[0], code[0]);
+          if constexpr (H == 2) challenge<kCodes>(y[3], 2 * W - 1, best[kLast], code[kLast]);
+        }
         if constexpr (W == 2)
           finish<float, kCodes>(s.relu, best[0], code[0], ys + at, codes + at);
         else
@@ -115,14 +139,19 @@ void inverse_block(const ConvPoolShape& s, const WinogradPlan& plan, const float
   }
 }
 
-using InverseBlock = decltype(&inverse_block<2, 2, true>);
+using InverseBlock = decltype(&inverse_block<2, 2, true, false>);
+
+template <int H, int W>
+InverseBlock inverse_of_window(bool codes, bool keyed) {
+  if constexpr (H * W > 1)
+    if (keyed) return codes ? inverse_block<H, W, true, true> : inverse_block<H, W, false, true>;
+  return codes ? inverse_block<H, W, true, false> : inverse_block<H, W, false, false>;
+}
 
 inline InverseBlock inverse_of(const ConvPoolShape& s, bool codes) {
-  static constexpr InverseBlock table[2][2][2] = {{{inverse_block<1, 1, false>, inverse_block<1, 1, true>},
-                                                   {inverse_block<1, 2, false>, inverse_block<1, 2, true>}},
-                                                  {{inverse_block<2, 1, false>, inverse_block<2, 1, true>},
-                                                   {inverse_block<2, 2, false>, inverse_block<2, 2, true>}}};
-  return table[s.window.h - 1][s.window.w - 1][codes];
+  if (s.window.h == 1)
+    return (s.window.w == 1 ? inverse_of_window<1, 1> : inverse_of_window<1, 2>)(codes, s.keyed);
+  return (s.window.w == 1 ? inverse_of_window<2, 1> : inverse_of_window<2, 2>)(codes, s.keyed);
 }
 
 // Copies of a few numbers, which a call of the C library's would take as long as.
@@ -193,7 +222,8 @@ inline void write_block(const ConvPoolShape& s, const WinogradPlan& plan, Pair m
 
 // Tiles of panels [begin, end). not_finite [N]: set to 1 for images whose outputs are to be computed again.
 inline void winograd(const ConvPoolShape& s, const float* x, const float* packed, const float* bias, float* y,
-                     uint8_t* code, uint8_t* not_finite, void* memory, int64_t begin, int64_t end) {
+                     uint8_t* code, float* kept, uint8_t* not_finite, void* memory, int64_t begin,
+                     int64_t end) {
   const WinogradPlan plan(s);
   char* scratch = static_cast<char*>(memory);
   float* v = carve<float>(scratch, kPlaces * plan.v_stride);
@@ -241,7 +271,13 @@ inline void winograd(const ConvPoolShape& s, const float* x, const float* packed
                               v + p * plan.v_stride, plan.block, tiles, s.channels, m + p * plan.m_stride,
                               plan.block);
       inverse(s, plan, m, bias ? bias + k : nullptr, outputs, tiles, right, below, ys, codes, health);
-      write_block(s, plan, map, runs, output_runs, ys, codes, turned, bytes, k, outputs, y, code);
+      const auto write = [&](float* to, uint8_t* to_code) {
+        write_block(s, plan, map, runs, output_runs, ys, codes, turned, bytes, k, outputs, to, to_code);
+      };
+      if (kept) write(kept, nullptr);
+      if (s.activation != cnnrnn::kNoActivation)
+        kActivations<float>[s.activation].value(ys, ys, outputs * plan.outputs.h * plan.stage_stride);
+      write(y, code);
     }
     for (int64_t t = 0; t < count; ++t)
       if (health[t] != 0) __atomic_store_n(not_finite + (first + t) / of_image, 1, __ATOMIC_RELAXED);

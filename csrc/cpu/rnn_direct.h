@@ -130,19 +130,6 @@ struct DirectGroups {
 
 CNNRNN_INLINE int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
-template <typename T, typename Cell>
-void forward_direct(const RnnForwardStep<T>& s, int64_t first, int64_t last) {
-  using Rows = PlainRows<T>;
-  const DirectGroups<T, Cell> groups(s, first, last);
-  for (int64_t i = 0; i < groups.count; ++i)
-    for (int64_t row = 0; row < s.rows; row += kDirectRows) {
-      const int64_t rows = at_most(s.rows - row, kDirectRows);
-      DirectUnits<T, Cell, T, Rows> units{s, row, Rows{rows, s.input, {}}, Rows{rows, s.hidden, {}}};
-      units.take();
-      groups.with(i, [&](int64_t unit, int64_t end) { units.run(unit, end); });
-    }
-}
-
 // Prepared rows live on the stack.
 constexpr int64_t kPreparedBytes = 128 << 10;
 
@@ -171,6 +158,21 @@ void forward_narrow(const RnnForwardStep<float>& s, int64_t first, int64_t last)
     for (int64_t i = 0; i < groups.count; ++i)
       groups.with(i, [&](int64_t unit, int64_t end) { units.run(unit, end); });
   }
+}
+
+template <typename T, typename Cell>
+void forward_direct(const RnnForwardStep<T>& s, int64_t first, int64_t last) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (s.rows > 1) return forward_narrow<Cell, float>(s, first, last);
+  using Rows = PlainRows<T>;
+  const DirectGroups<T, Cell> groups(s, first, last);
+  for (int64_t i = 0; i < groups.count; ++i)
+    for (int64_t row = 0; row < s.rows; row += kDirectRows) {
+      const int64_t rows = at_most(s.rows - row, kDirectRows);
+      DirectUnits<T, Cell, T, Rows> units{s, row, Rows{rows, s.input, {}}, Rows{rows, s.hidden, {}}};
+      units.take();
+      groups.with(i, [&](int64_t unit, int64_t end) { units.run(unit, end); });
+    }
 }
 
 // x * W of many rows from narrow weights as they come; see ProjectBand. Tasks are panels, each with all rows.

@@ -1,4 +1,5 @@
-// Products of a few rows of activations with rows of weights in bfloat16 or int8, read from where they are.
+// Products of a few rows of activations with rows of weights in float32, bfloat16 or int8, read from where
+// they are.
 //
 // bfloat16 weights are widened on their way into a float32 product. Beside int8 weights the activations are
 // rounded to int16, in units of their row's largest magnitude / 32767, and the sums are whole numbers:
@@ -15,13 +16,14 @@ struct Bf16 {
   uint16_t bits;
 };
 
+CNNRNN_INLINE float value_of(float w) { return w; }
 CNNRNN_INLINE float value_of(int8_t w) { return static_cast<float>(w); }
 CNNRNN_INLINE float value_of(Bf16 w) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(w.bits) << 16);
 }
 
 constexpr int kStep = 2 * kLanes;  // weights are taken so many at a time
-constexpr int kNarrowRows = 4;     // of activations in a product
+constexpr int kNarrowRows = 16;    // of activations that pass over the same weights in turn
 
 constexpr int64_t padded_to_steps(int64_t depth) { return (depth + kStep - 1) / kStep * kStep; }
 
@@ -36,11 +38,46 @@ struct StepOfRow {
 // What weights of type W need:
 //   Activation, Sum, Wide      elements of a prepared row; what sums are kept in; a step of weights, widened
 //   kSteps                     that one Sum can take
-//   widen, only_first, add     a step of weights; without those from n on; onto the sum, times activations
+//   widen, only_first          a step of weights; without those from n on
+//   load, add                  a step of activations; onto the sum, their product with a step of weights
 //   prepare                    a row as `add` takes it, padded with zeros, and its scale; false if it cannot
 //   be
 template <typename W>
 struct Narrow;
+
+template <>
+struct Narrow<float> {
+  using Activation = float;
+  using Sum = vf;
+  struct Wide {
+    vf first, second;
+  };
+  static constexpr int64_t kSteps = int64_t{1} << 40;
+
+  static CNNRNN_INLINE Wide widen(const float* w) { return {loadu(w), loadu(w + kLanes)}; }
+  static CNNRNN_INLINE Wide only_first(const Wide& w, int64_t n) {
+    vi place{};
+    for (int l = 0; l < kLanes; ++l) place[l] = l;
+    const int32_t count = static_cast<int32_t>(n);
+    return {place < count ? w.first : vf{}, place + kLanes < count ? w.second : vf{}};
+  }
+  static CNNRNN_INLINE Wide load(const Activation* x) { return {loadu(x), loadu(x + kLanes)}; }
+  static CNNRNN_INLINE void add(Sum& sum, const Wide& w, const Wide& x) {
+    sum += w.first * x.first;
+    sum += w.second * x.second;
+  }
+  static CNNRNN_INLINE vf total(Sum sum) { return sum; }
+
+  static CNNRNN_INLINE bool prepare(const float* x, int64_t depth, Activation* to, float& scale) {
+    for (int64_t k = 0; k < depth; k += kStep) {
+      const StepOfRow v(x, k, depth);
+      storeu(to + k, v.first);
+      storeu(to + k + kLanes, v.second);
+    }
+    scale = 1;
+    return true;
+  }
+};
 
 // A vector of words holds two bfloat16 each: the upper half is a float with the lower one cleared, the lower
 // half with a shift. So a step of weights becomes its even and its odd places, and x is parted the same way.
@@ -63,9 +100,10 @@ struct Narrow<Bf16> {
     const int32_t count = static_cast<int32_t>(n);
     return {place < count ? w.even : vf{}, place + 1 < count ? w.odd : vf{}};
   }
-  static CNNRNN_INLINE void add(Sum& sum, const Wide& w, const Activation* x) {
-    sum += w.even * loadu(x);
-    sum += w.odd * loadu(x + kLanes);
+  static CNNRNN_INLINE Wide load(const Activation* x) { return {loadu(x), loadu(x + kLanes)}; }
+  static CNNRNN_INLINE void add(Sum& sum, const Wide& w, const Wide& x) {
+    sum += w.even * x.even;
+    sum += w.odd * x.odd;
   }
   static CNNRNN_INLINE vf total(Sum sum) { return sum; }
 
@@ -89,9 +127,8 @@ struct Narrow<int8_t> {
 
   static CNNRNN_INLINE Wide widen(const int8_t* w) { return load_int16(w); }
   static CNNRNN_INLINE Wide only_first(const Wide& w, int64_t) { return w; }  // the activations are zeros
-  static CNNRNN_INLINE void add(Sum& sum, const Wide& w, const Activation* x) {
-    sum += multiply_pairs(w, loadu(x));
-  }
+  static CNNRNN_INLINE Wide load(const Activation* x) { return loadu(x); }
+  static CNNRNN_INLINE void add(Sum& sum, const Wide& w, const Wide& x) { sum += multiply_pairs(w, x); }
   static CNNRNN_INLINE vf total(Sum sum) { return to_float(sum); }
 
   static CNNRNN_INLINE bool prepare(const float* x, int64_t depth, Activation* to, float& scale) {
@@ -140,7 +177,7 @@ CNNRNN_APART vf narrow_rest(const W* w, int64_t last, const W* end, const typena
     const typename N::Wide wide = N::only_first(N::widen(from), depth - k);
     for (int r = 0; r < R; ++r) {
       typename N::Sum sum{};
-      N::add(sum, wide, x + r * padded_to_steps(depth) + k);
+      N::add(sum, wide, N::load(x + r * padded_to_steps(depth) + k));
       totals[r * C + c] = N::total(sum);
     }
   }
@@ -166,17 +203,23 @@ CNNRNN_APART vf narrow_steps(const W* w, int64_t last, const typename Narrow<W>:
   // The rows that follow are wanted next: from the third-level cache, int8 gains 7 % by it, bfloat16 nothing.
   const W* ahead = w + C * depth + C * k;
   for (; k < stop; k += kStep, ahead += C * kStep) {
-    if constexpr (sizeof(W) == 1) {
+    if constexpr (sizeof(W) != 2) {
 #pragma GCC unroll 16
-      for (int line = 0; line < C * kStep; line += 64) __builtin_prefetch(ahead + line);
+      for (int line = 0; line < C * kStep; line += 64 / sizeof(W)) __builtin_prefetch(ahead + line);
     }
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      const typename N::Wide wide = N::widen(rows[c] + k);
+    // Whichever are fewer, of weights or activations, wait in registers for the others.
+    typename N::Wide held[C < R ? C : R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        N::add(sums[r * C + c], wide, x + r * x_stride + k);
-        in_order(sums[r * C + c]);
+    for (int i = 0; i < (C < R ? C : R); ++i)
+      held[i] = C < R ? N::widen(rows[i] + k) : N::load(x + i * x_stride + k);
+#pragma GCC unroll 16
+    for (int j = 0; j < (C < R ? R : C); ++j) {
+      const typename N::Wide other = C < R ? N::load(x + j * x_stride + k) : N::widen(rows[j] + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < (C < R ? C : R); ++i) {
+        typename N::Sum& sum = sums[C < R ? j * C + i : i * C + j];
+        N::add(sum, C < R ? held[i] : other, C < R ? other : held[i]);
+        in_order(sum);
       }
     }
   }
