@@ -2,6 +2,8 @@
 
 Captum comes with the ``recipes`` extra: ``pip install cnnrnn_ext[recipes]``. Each function takes a model
 (in eval mode during the call) or any function of the same inputs; gradients of parameters stay as they were.
+A model of other inputs than tensors goes in as such a function: for a MultiModal model
+``lambda video, audio: model({"video": video, "audio": audio})``, put into eval mode before.
 """
 
 import contextlib

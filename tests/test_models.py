@@ -360,6 +360,7 @@ def cnnrnn(**options):
         (lambda: models.ParallelCNNRNN(2, 8, fusion="sum"), ValueError, "fusion"),
         (lambda: models.ParallelCNNRNN(2, 8, output="words"), ValueError, "output"),
         (lambda: models.ParallelCNNRNN(2, 8, readout="last"), ValueError, "readout"),
+        (lambda: models.ParallelCNNRNN(2, 8, output="steps", readout="first"), ValueError, "readout"),
     ],
 )
 def test_bad_arguments(build, kind, name):

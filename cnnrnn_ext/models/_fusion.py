@@ -27,9 +27,9 @@ class Fusion(nn.Module):
     missing branch is not read (NaN does no harm); with none present the result is 0.
     """
 
-    def __init__(self, kind, sizes, features, choices=FUSIONS):
+    def __init__(self, kind, sizes, features):
         super().__init__()
-        check_choice("fusion", kind, choices)
+        check_choice("fusion", kind, FUSIONS)
         self.kind = kind
         self.features = sum(sizes) if kind == "concatenate" else features
         if kind == "concatenate":

@@ -52,9 +52,9 @@ class Readout(nn.Module):
         features: D.
     """
 
-    def __init__(self, kind, features, choices=READOUTS):
+    def __init__(self, kind, features):
         super().__init__()
-        check_choice("readout", kind, choices)
+        check_choice("readout", kind, READOUTS)
         self.kind = kind
         self.attention = AttentionWeights(features) if kind == "attention" else None
 

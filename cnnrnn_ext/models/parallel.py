@@ -13,6 +13,7 @@ from cnnrnn_ext.models._recurrent import make_recurrent, width_of
 from cnnrnn_ext.modules import ConvPool2d
 
 OUTPUTS = ("classes", "steps")
+READOUTS = ("attention", "mean")  # there is no last state of a fused sequence
 
 
 class ParallelCNNRNN(nn.Module):
@@ -71,6 +72,7 @@ class ParallelCNNRNN(nn.Module):
     ):
         super().__init__()
         check_choice("output", output, OUTPUTS)
+        check_choice("readout", readout, READOUTS)
         channels = tuple(channels)
         integers("channels", channels, len(channels), 1)
         integers("frequencies", frequencies, 1, 1)
@@ -90,8 +92,7 @@ class ParallelCNNRNN(nn.Module):
         sizes = channels[-1] * (frequencies >> len(channels)), width_of(self.rnn)
         self.fusion = Fusion(fusion, sizes, hidden_size)
         self.feature_size = self.fusion.features
-        kind = readout if output == "classes" else "steps"
-        self.readout = Readout(kind, self.feature_size, ("attention", "mean", "steps"))
+        self.readout = Readout(readout if output == "classes" else "steps", self.feature_size)
         self.dropout = nn.Dropout(dropout)
         self.heads = make_heads(self.feature_size, heads)
 
@@ -138,7 +139,8 @@ class ParallelCNNRNN(nn.Module):
             x = block(x)
             if lengths is not None:
                 lengths = lengths // 2 if index < self.time_pools else lengths
-                x = x.masked_fill(~steps_within(lengths, x.shape[2]).t()[:, None, :, None], 0.0)
+                # A product: numbers here are finite, and masked_fill takes eight times as long.
+                x = x * steps_within(lengths, x.shape[2]).t()[:, None, :, None].to(x.dtype)
         return x.permute(2, 0, 1, 3).flatten(2)
 
     def _check(self, spectrogram, lengths):

@@ -97,7 +97,8 @@ class RNNCNN(nn.Module):
             return self.embedding.weight.new_zeros(tokens.shape[0], self.feature_size)
         x = self.dropout(self.embedding(tokens)).transpose(0, 1)
         y, _ = self.rnn(x, lengths=lengths)
-        y = y.permute(1, 2, 0)
+        # Channels last, as the RNN has them: rows are copied, once for all widths, and nothing is transposed.
+        y = y.transpose(0, 1).contiguous().transpose(1, 2)
         return torch.cat([convolution(y).amax(-1) for convolution in self.convolutions], 1)
 
 
