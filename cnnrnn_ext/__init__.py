@@ -4,6 +4,7 @@ from cnnrnn_ext import functional, models, reference
 from cnnrnn_ext._backend import backend, trace
 from cnnrnn_ext._version import __version__
 from cnnrnn_ext.fuse import fuse_, unfuse_
+from cnnrnn_ext.interop import from_keras
 from cnnrnn_ext.modules import GRU, LSTM, RNN, ConvPool1d, ConvPool2d, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "RNNCell",
     "__version__",
     "backend",
+    "from_keras",
     "functional",
     "fuse_",
     "models",

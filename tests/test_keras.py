@@ -1,0 +1,393 @@
+"""from_keras: equal outputs, against Keras itself on its torch backend, with random weights."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import numpy as np
+import pytest
+import torch
+from _oracle import running_on
+
+keras = pytest.importorskip("keras", reason="keras is not installed")
+if keras.backend.backend() != "torch":
+    pytest.skip(f"keras runs on {keras.backend.backend()}, not on torch", allow_module_level=True)
+
+import cnnrnn_ext as cx  # noqa: E402
+
+layers = keras.layers
+# numpy tells Keras 3.15 of an argument to come
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
+
+
+def drawn(model):
+    """Random weights everywhere, biases and BatchNormalization's statistics among them."""
+    random = np.random.default_rng(torch.initial_seed() % 2**32)
+    for weight in model.weights:
+        shape = tuple(weight.shape)
+        if "variance" in weight.path:
+            value = random.uniform(0.3, 2.0, shape)
+        else:
+            fan = np.prod(shape[:-1]) if len(shape) > 1 else 4
+            value = random.normal(0.0, 1.0 / np.sqrt(fan), shape)
+        weight.assign(value.astype("float32"))
+    return model
+
+
+def compare(model, x=None):
+    """The converted module, whose outputs are those of the Keras model within 1e-5 (of the largest)."""
+    drawn(model)
+    module = cx.from_keras(model)
+    if x is None:
+        x = torch.randn(3, *model.input_shape[1:])
+    with torch.no_grad():
+        expected = model(x, training=False)
+        result = module(x)
+    assert result.shape == expected.shape
+    assert expected.std() > 1e-3, "the case says nothing: its answers are all alike"
+    assert (result - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+    return module
+
+
+def sequential(shape, *chain):
+    return keras.Sequential([layers.Input(shape), *chain])
+
+
+def seed_frame():
+    return keras.Sequential(
+        [
+            layers.Input((28, 28, 1)),
+            layers.Conv2D(32, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(64, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+        ]
+    )
+
+
+# ---- whole networks ----
+
+
+@pytest.mark.parametrize("form", ["a model in time", "each layer in time", "functional"])
+def test_the_seeds_network(mode, form):
+    """Conv2D, MaxPooling2D, twice, Flatten, LSTM(128), Dense, given a time axis in each of Keras' ways."""
+    frame = seed_frame()
+    if form == "a model in time":
+        model = sequential((5, 28, 28, 1), layers.TimeDistributed(frame), layers.LSTM(128), layers.Dense(10))
+    elif form == "each layer in time":
+        chain = [layers.TimeDistributed(layer) for layer in frame.layers]
+        model = sequential((5, 28, 28, 1), *chain, layers.LSTM(128), layers.Dense(10))
+    else:
+        x = inputs = layers.Input((5, 28, 28, 1))
+        for layer in (layers.TimeDistributed(frame), layers.LSTM(128), layers.Dense(10)):
+            x = layer(x)
+        model = keras.Model(inputs, x)
+    with running_on(mode, "conv_pool2d", "lstm"):
+        module = compare(model)
+    convs = [part for part in module.modules() if isinstance(part, cx.ConvPool2d)]
+    assert [(conv.activation, conv.pool, conv.pool_size) for conv in convs] == [("relu", "max", (2, 2))] * 2
+    assert isinstance(module[1].rnn, cx.LSTM)
+    # and it trains: a gradient reaches everything
+    module.train()(torch.randn(2, 5, 28, 28, 1)).square().sum().backward()
+    assert all(p.grad.any() for name, p in module.named_parameters() if "hh_l0" not in name)
+
+
+def test_text_network(mode):
+    """Embedding, Conv1D, pools, a bidirectional GRU, softmax."""
+    model = sequential(
+        (12,),
+        layers.Embedding(30, 8),
+        layers.Conv1D(10, 3, padding="same", activation="relu"),
+        layers.MaxPooling1D(),
+        layers.Dropout(0.3),
+        layers.Bidirectional(layers.GRU(6, return_sequences=True)),
+        layers.GlobalMaxPooling1D(),
+        layers.Dense(5, activation="softmax"),
+    )
+    with running_on(mode, "conv_pool2d", "gru"):
+        compare(model, torch.randint(0, 30, (4, 12)))
+
+
+def test_batch_normalisation_network():
+    """Convolution, BatchNormalization as training leaves it, activation, pool, all layers by themselves."""
+    model = sequential(
+        (13, 12, 3),
+        layers.Conv2D(8, 3, use_bias=False),
+        layers.BatchNormalization(),
+        layers.Activation("relu"),
+        layers.AveragePooling2D(2),
+        layers.Conv2D(6, (2, 3), strides=(1, 2)),
+        layers.ReLU(),
+        layers.MaxPooling2D((2, 1)),
+        layers.BatchNormalization(scale=False, epsilon=0.01),
+        layers.Reshape((-1, 6)),
+        layers.Permute((2, 1)),
+        layers.BatchNormalization(center=False),
+        layers.SimpleRNN(7),
+        layers.BatchNormalization(),
+        layers.Dense(4),
+    )
+    module = compare(model)
+    fused = [part for part in module.modules() if isinstance(part, cx.ConvPool2d)]
+    assert [(conv.activation, conv.pool) for conv in fused] == [("none", "none"), ("relu", "max")]
+
+
+# ---- layers ----
+
+RECURRENT = {
+    "lstm": lambda **o: layers.LSTM(6, **o),
+    "gru": lambda **o: layers.GRU(6, **o),
+    "tanh": lambda **o: layers.SimpleRNN(6, **o),
+    "relu": lambda **o: layers.SimpleRNN(6, activation="relu", **o),
+}
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent(mode, kind, bias, sequences):
+    layer = RECURRENT[kind](use_bias=bias, return_sequences=sequences)
+    with running_on(mode, {"tanh": "rnn", "relu": "rnn"}.get(kind, kind)):
+        compare(sequential((7, 5), layer))
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+@pytest.mark.parametrize("merge", ["concat", "sum", "ave", "mul"])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_bidirectional(kind, merge, sequences):
+    layer = RECURRENT[kind](return_sequences=sequences)
+    compare(sequential((7, 5), layers.Bidirectional(layer, merge_mode=merge)))
+
+
+def test_stacked_recurrent_layers():
+    chain = [
+        layers.LSTM(6, return_sequences=True),
+        layers.GRU(5, return_sequences=True),
+        layers.Bidirectional(layers.SimpleRNN(4)),
+        layers.Dense(3),
+    ]
+    compare(sequential((7, 5), *chain))
+
+
+CONVOLUTIONS = {
+    "strides": lambda: layers.Conv2D(4, 3, strides=2, activation="tanh"),
+    "dilation": lambda: layers.Conv2D(4, (3, 2), dilation_rate=(2, 1), activation="elu"),
+    "groups": lambda: layers.Conv2D(6, 3, groups=3, activation="sigmoid"),
+    "same": lambda: layers.Conv2D(4, (3, 4), padding="same", activation="silu"),
+    "same, strides": lambda: layers.Conv2D(4, (3, 2), strides=(2, 3), padding="same"),
+    "no bias": lambda: layers.Conv2D(4, 3, use_bias=False, activation="gelu"),
+    "leaky": lambda: layers.Conv2D(4, 3, activation="leaky_relu"),
+}
+
+
+@pytest.mark.parametrize("pool", ["none", "max", "max same", "max 3 same", "avg"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_conv2d(name, pool):
+    pools = {
+        "none": [],
+        "max": [layers.MaxPooling2D(2)],
+        "max same": [layers.MaxPooling2D(2, padding="same")],
+        "max 3 same": [layers.MaxPooling2D(3, strides=2, padding="same")],
+        "avg": [layers.AveragePooling2D((2, 1), strides=(1, 2))],
+    }
+    compare(sequential((11, 14, 3), CONVOLUTIONS[name](), *pools[pool]))
+
+
+@pytest.mark.parametrize("padding", ["valid", "same", "causal"])
+@pytest.mark.parametrize("options", [{}, {"dilation_rate": 2}, {"strides": 2}, {"groups": 2}])
+def test_conv1d(padding, options):
+    compare(sequential((13, 4), layers.Conv1D(6, 3, padding=padding, **options), layers.MaxPooling1D(3, 2)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear", "relu", "relu6", "tanh", "sigmoid", "elu", "silu", "swish", "gelu", "selu", "leaky_relu",
+        "softplus", "softsign", "softmax", "log_softmax",
+    ],
+)  # fmt: skip
+def test_activations(name):
+    compare(sequential((5,), layers.Dense(6, activation=name)))
+    compare(sequential((4, 5), layers.Dense(6), layers.Activation(name)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: layers.ReLU(max_value=6.0),
+        lambda: layers.ReLU(max_value=0.7),
+        lambda: layers.ReLU(negative_slope=0.3),
+        lambda: layers.LeakyReLU(negative_slope=0.2),
+        lambda: layers.ELU(alpha=0.5),
+        lambda: layers.Softmax(axis=-1),
+        lambda: layers.Softmax(axis=1),
+        lambda: layers.GlobalAveragePooling2D(),
+        lambda: layers.GlobalAveragePooling2D(keepdims=True),
+        lambda: layers.GlobalMaxPooling2D(),
+        lambda: layers.BatchNormalization(axis=3),
+        lambda: layers.TimeDistributed(layers.GlobalMaxPooling1D()),
+        lambda: layers.TimeDistributed(layers.LSTM(3)),
+        lambda: layers.TimeDistributed(layers.Dense(3, use_bias=False)),
+        lambda: layers.Flatten(),
+        lambda: layers.Permute((3, 1, 2)),
+    ],
+)
+def test_other_layers(layer):
+    compare(sequential((4, 5, 6), layer()))
+
+
+def test_pool_of_negative_numbers_padded():
+    """Padding of a max-pool is less than any number: without a ReLU before it that shows."""
+    model = sequential((5, 5, 2), layers.MaxPooling2D(3, strides=2, padding="same"))
+    x = -torch.rand(2, 5, 5, 2) - 1.0
+    torch.testing.assert_close(cx.from_keras(model)(x), model(x))
+
+
+def test_order_of_relu_and_pool_is_kept():
+    """A pool and then an activation that is not monotonic: they are not taken for one another."""
+    compare(sequential((8, 8, 3), layers.Conv2D(4, 3), layers.MaxPooling2D(), layers.Activation("gelu")))
+
+
+def test_names_and_frozen_layers():
+    model = sequential((6, 4), layers.LSTM(5, name="reads"), layers.Dense(3, name="answers"))
+    model.layers[0].trainable = False
+    module = compare(model)
+    assert [name for name, _ in module.named_children()] == ["reads", "answers"]
+    assert not any(p.requires_grad for p in module.reads.parameters())
+    assert all(p.requires_grad for p in module.answers.parameters())
+    assert not module.training
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_batch_normalisation_in_training(trainable):
+    """It normalises by the batch, as Keras does, and updates its statistics; not so where it is frozen."""
+    model = sequential((6, 4), layers.BatchNormalization(momentum=0.9), layers.Dense(3))
+    model.layers[0].trainable = trainable
+    module, x = compare(model).train(), torch.randn(8, 6, 4)
+    before = module[0].module.running_mean.clone()
+    torch.testing.assert_close(module(x), model(x, training=True), rtol=1e-4, atol=1e-5)
+    mean = model.layers[0].moving_mean.value
+    torch.testing.assert_close(module[0].module.running_mean, mean, rtol=1e-4, atol=1e-6)
+    assert mean.equal(before) != trainable
+
+
+def test_models_within_a_model():
+    inner = keras.Sequential([layers.Input((8,)), layers.Dense(6, activation="tanh"), layers.Dense(5)])
+    inputs = layers.Input((8,))
+    functional = keras.Model(inputs, layers.Dense(8)(inputs))
+    compare(sequential((8,), functional, inner, layers.Dense(3)))
+
+
+def test_weights_are_copied():
+    model = sequential((5,), layers.Dense(3))
+    module = compare(model)
+    x = torch.randn(2, 5)
+    before = module(x)
+    model.layers[0].kernel.assign(np.zeros((5, 3)))
+    assert module(x).equal(before)
+
+
+def test_what_comes_out_is_an_ordinary_module():
+    """The imported module is an ordinary one: it has a state dict, and compiles."""
+    model = sequential(
+        (9, 9, 2), layers.Conv2D(4, 3, activation="relu"), layers.MaxPooling2D(), layers.Flatten()
+    )
+    module = compare(model)
+    twin = cx.from_keras(model)
+    twin.load_state_dict(module.state_dict(), strict=True)
+    x = torch.randn(2, 9, 9, 2)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), twin(x))
+    torch.compiler.reset()
+
+
+# ---- refusals ----
+
+
+def branching():
+    inputs = layers.Input((5,))
+    a, b = layers.Dense(4)(inputs), layers.Dense(4)(inputs)
+    return keras.Model(inputs, layers.Add(name="joins")([a, b]))
+
+
+def two_answers():
+    inputs = layers.Input((5,))
+    between = layers.Dense(4)(inputs)
+    return keras.Model(inputs, [between, layers.Dense(3)(between)])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: sequential((7, 5), layers.GRU(6, reset_after=False, name="g")), "'g' .*reset_after=False"),
+        (lambda: sequential((7, 5), layers.LSTM(6, activation="relu", name="l")), "'l' .*activation='relu'"),
+        (
+            lambda: sequential((7, 5), layers.LSTM(6, recurrent_activation="hard_sigmoid", name="l")),
+            "'l' .*recurrent_activation='hard_sigmoid'",
+        ),
+        (
+            lambda: sequential((7, 5), layers.SimpleRNN(6, activation="elu", name="s")),
+            "'s' .*activation='elu'",
+        ),
+        (lambda: sequential((7, 5), layers.LSTM(6, go_backwards=True, name="l")), "'l' .*go_backwards=True"),
+        (
+            lambda: keras.Sequential(
+                [layers.Input(batch_shape=(2, 7, 5)), layers.LSTM(6, stateful=True, name="l")]
+            ),
+            "'l' .*stateful=True",
+        ),
+        (lambda: sequential((7,), layers.Embedding(9, 4, mask_zero=True, name="e")), "'e' .*mask_zero=True"),
+        (lambda: sequential((7, 5), layers.Masking(name="m")), "'m' .Masking.*not supported"),
+        (
+            lambda: sequential((3, 8, 8), layers.Conv2D(4, 3, data_format="channels_first", name="c")),
+            "'c' .*data_format='channels_first'",
+        ),
+        (lambda: sequential((8, 8, 3), layers.SeparableConv2D(4, 3, name="c")), "'c' .SeparableConv2D"),
+        (
+            lambda: sequential((8, 8, 3), layers.AveragePooling2D(2, padding="same", name="p")),
+            "'p' .*padding='same'",
+        ),
+        (lambda: sequential((8, 3), layers.BatchNormalization(axis=1, name="b")), "'b' .*axis=1"),
+        (lambda: sequential((8,), layers.Activation("hard_silu", name="a")), "'a' .*activation='hard_silu'"),
+        (lambda: sequential((8,), layers.ReLU(threshold=1.0, name="r")), "'r' .*threshold=1.0"),
+        (
+            lambda: sequential(
+                (7, 5), layers.Bidirectional(layers.LSTM(3, return_sequences=True), merge_mode=None, name="b")
+            ),
+            "'b' .*merge_mode=None",
+        ),
+        (
+            lambda: sequential(
+                (7, 5),
+                layers.Bidirectional(
+                    layers.LSTM(3), backward_layer=layers.LSTM(4, go_backwards=True), name="b"
+                ),
+            ),
+            "'b' .*units",
+        ),
+        (lambda: keras.Sequential([layers.Dense(3)]), "not built"),
+        (branching, "only a linear chain"),
+        (two_answers, "2 outputs"),
+        (
+            lambda: sequential((5,), layers.Dense(4, dtype="mixed_bfloat16", name="d")),
+            "'d' .*mixed_bfloat16",
+        ),
+    ],
+)
+def test_what_has_no_equivalent_is_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        cx.from_keras(make())
+
+
+def test_other_objects_are_refused():
+    for value in (torch.nn.Linear(2, 2), layers.Dense(3), "model.keras"):
+        with pytest.raises(TypeError, match="model"):
+            cx.from_keras(value)
+
+
+def test_dropout_within_recurrent_layers_is_told():
+    model = sequential((7, 5), layers.LSTM(6, dropout=0.2, recurrent_dropout=0.1, name="l"))
+    with pytest.warns(UserWarning, match="'l' .*dropout=0.2") as told:
+        compare(model)
+    assert len([w for w in told if "left out" in str(w.message)]) == 2
