@@ -247,7 +247,8 @@ def test_predict_reads_texts_standard_input_and_files(trained, tmp_path, capsys,
     assert run(*asked, "--file", tmp_path / "a.txt") == 0
     found = {entry["name"]: entry["label"]["class"] for entry in json.loads(capsys.readouterr().out)}
     assert found == {
-        "purr meow": "cat", "growl bark": "dog", "moo milk": "cow", "a.txt, line 1": "cat", "a.txt, line 3": "dog",
+        "purr meow": "cat", "growl bark": "dog", "moo milk": "cow",
+        "a.txt, line 1": "cat", "a.txt, line 3": "dog",
     }  # fmt: skip
     assert run("predict", "text", "--file", tmp_path / "a.tsv", "--output", trained) == 0
     assert capsys.readouterr().out.startswith("a.tsv, line 2: cow ")

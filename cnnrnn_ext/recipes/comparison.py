@@ -13,7 +13,7 @@ import torch
 from cnnrnn_ext import _conditions, _files, _timing, backend, trace, unfuse_
 from cnnrnn_ext.recipes import checkpoints
 from cnnrnn_ext.recipes.base import Batch, RecipeError
-from cnnrnn_ext.recipes.draws import Draws, order
+from cnnrnn_ext.recipes.draws import Draws, order, seed_torch
 
 OURS, STOCK, CHANNELS_LAST, REFERENCE = "cnnrnn_ext", "stock", "stock channels_last", "reference"
 
@@ -45,6 +45,7 @@ def measure(recipe, facts, batch):
     steps, losses = {}, {}
     for name, model in contenders(recipe, facts).items():
         steps[name] = _step(recipe, model, batch, "reference" if name == REFERENCE else "auto")
+        seed_torch(recipe.settings.seed)  # the same dropout
         losses[name] = steps[name]()
     with trace() as log:
         steps[OURS]()

@@ -12,7 +12,8 @@ ACROSS = 34  # characters of a line
 def explanation(path, title, tokens, heat):
     """heat: {answer: a number for each token, above 0: it spoke for it, below: against it}."""
     lines = _lines(tokens)
-    width = 2 * MARGIN + SIDE + ACROSS * CELL
+    longest = max(sum(_width(tokens[number]) for number in line) for line in lines)
+    width = 2 * MARGIN + SIDE + max(longest, 6.0)
     top = 1.35
     height = top + MARGIN + len(heat) * (len(lines) * LINE + 0.25)
     with drawing.styled():
