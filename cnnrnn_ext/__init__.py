@@ -3,6 +3,7 @@
 from cnnrnn_ext import functional, models, reference
 from cnnrnn_ext._backend import backend, trace
 from cnnrnn_ext._version import __version__
+from cnnrnn_ext.fuse import fuse_, unfuse_
 from cnnrnn_ext.modules import GRU, LSTM, RNN, ConvPool1d, ConvPool2d, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "__version__",
     "backend",
     "functional",
+    "fuse_",
     "models",
     "reference",
     "trace",
+    "unfuse_",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from cnnrnn_ext import _library, ops
+from cnnrnn_ext._conditions import cpu_name
 from cnnrnn_ext._version import __version__
 
 ENVIRONMENT = ("CNNRNN_CPU_ISA", "CNNRNN_REQUIRE_EXT", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -34,7 +35,7 @@ def collect():
         "torch_cuda": torch.version.cuda,
         "build": module.build_info() if module else None,
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_name(),
             "isa": module.active_isa() if module else None,
             "best_isa": module.best_isa() if module else None,
             "threads": torch.get_num_threads(),
@@ -67,15 +68,6 @@ def _kernel(function, device, dtype):
         "kernel": kernel,
         "reason": reason,
     }
-
-
-def _cpu_model():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def describe(info):

@@ -7,7 +7,6 @@ variables that a process reads once, at its start, and because no earlier work s
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cnnrnn_ext import _timing, backend, trace
+from cnnrnn_ext import _conditions, _timing, backend, trace
 from cnnrnn_ext.demo import DemoError, digits, training
 from cnnrnn_ext.models.cnnrnn import stock_conv_pool
 
@@ -171,22 +170,11 @@ def conditions(recipe, model, clips):
     """What the figures depend on, in words."""
     with trace() as log:
         training.train_step(model, training.optimizer_for(model, recipe), clips)
-    wanted = _timing.tuned_allocator_env().items()
-    tuned = platform.libc_ver()[0] == "glibc" and all(os.environ.get(key) == value for key, value in wanted)
     return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "allocator": "glibc, tuned" if tuned else "default",
-        "kernels": sorted({f"{call.op}: {call.kernel or f'plain torch ({call.reason})'}" for call in log}),
+        **_conditions.conditions(),
+        "kernels": _conditions.kernels(log),
         "step": f"forward, loss, backward, Adam on {recipe.batch} clips of {digits.FRAMES} frames, float32",
     }
-
-
-def cpu_name():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ---- the fresh process ----

@@ -9,18 +9,16 @@ triples the time to import torch, and it brings fourteen packages.
 
 import contextlib
 import math
-import os
-import pickle
 import signal
 import sys
 import threading
 import time
-import zipfile
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch.nn import functional as F
 
+from cnnrnn_ext import _files
 from cnnrnn_ext.demo import DemoError, digits
 from cnnrnn_ext.models import CNNRNN
 
@@ -197,13 +195,7 @@ def save(path, recipe, model, optimizer, progress):
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    _files.replace(path, lambda file: torch.save(content, file))
 
 
 def load(path):
@@ -217,16 +209,9 @@ def load(path):
         return DemoError(f"{path}: {reason} ({hint})")
 
     try:
-        if not zipfile.is_zipfile(path):
-            raise refuse("damaged, or not a checkpoint of this demo")
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
-            if archive.testzip() is not None:
-                raise refuse("damaged checkpoint: a checksum does not fit")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise refuse(f"cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-        raise refuse(f"damaged checkpoint: {str(error).splitlines()[0]}") from error
+        content = _files.read_torch(path)
+    except _files.DamagedFile as error:
+        raise refuse(str(error)) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise refuse("not a checkpoint of this demo, or of another version of it")
     try:

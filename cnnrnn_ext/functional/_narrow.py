@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cnnrnn_ext._backend import in_forward_ad, in_function_transform
+from cnnrnn_ext._stamps import stamps_of, trackable, unchanged
 from cnnrnn_ext.functional._common import HALF, needs_grad
 
 
@@ -32,7 +33,7 @@ def widened(narrow, scale, dtype):
 class Entry(NamedTuple):
     """Narrow copies, and what tells whether they are still those of the weights."""
 
-    stamps: tuple  # for each weight: itself, its version, address and strides when it was copied
+    stamps: tuple  # of the weights when they were copied, see _stamps.py
     held: tuple  # the memory copied from, kept so that no other tensor can come to stand at its address
     copies: tuple  # for each weight (narrow weight, scale or None)
     operands: tuple  # the same as operators take them, see NarrowWeights
@@ -69,16 +70,8 @@ class NarrowWeights:
     def kept(self, weights):
         """The same outside a graph."""
         entry = self._entry  # one read: another thread may exchange it meanwhile
-        if entry is None:
+        if entry is None or not unchanged(entry.stamps, weights):
             return self._renewed(weights)
-        for weight, (source, version, address, strides) in zip(weights, entry.stamps, strict=False):
-            if (
-                weight is not source
-                or weight._version != version
-                or weight.data_ptr() != address
-                or weight.stride() != strides
-            ):
-                return self._renewed(weights)
         return entry
 
     def _made(self, weights):
@@ -88,11 +81,9 @@ class NarrowWeights:
 
     def _renewed(self, weights):
         entry = self._made(weights)
-        # Weights of inference mode count no versions; a copy that is no plain tensor belongs to a tracer.
-        tracked = not any(weight.is_inference() for weight in weights)
-        if tracked and all(type(copy) is torch.Tensor for copy, _ in entry.copies):
-            stamps = tuple((w, w._version, w.data_ptr(), w.stride()) for w in weights)
-            entry = entry._replace(stamps=stamps, held=tuple(w.detach() for w in weights))
+        # A copy that is no plain tensor belongs to a tracer.
+        if trackable(weights) and all(type(copy) is torch.Tensor for copy, _ in entry.copies):
+            entry = entry._replace(stamps=stamps_of(weights), held=tuple(w.detach() for w in weights))
             self._entry = entry
         return entry
 

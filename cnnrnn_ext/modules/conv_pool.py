@@ -20,27 +20,31 @@ class _ConvPool:
         self.activation, self.pool = activation, pool
         self.ceil_mode, self.precision = ceil_mode, precision
 
-    def _conv_pool(self, function, input):
+    def _conv_pool(self, input, weight, bias, activation, pool):
+        function = functional.conv_pool2d if len(self.kernel_size) == 2 else functional.conv_pool1d
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return function(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.stride,
             padding,
             self.dilation,
             self.groups,
-            activation=self.activation,
-            pool=self.pool,
+            activation=activation,
+            pool=pool,
             pool_size=self.pool_size,
             pool_stride=self.pool_stride,
             pool_padding=self.pool_padding,
             ceil_mode=self.ceil_mode,
             precision=self.precision,
         )
+
+    def forward(self, input):
+        return self._conv_pool(input, self.weight, self.bias, self.activation, self.pool)
 
     def extra_repr(self):
         pool = f", pool={self.pool}{self.pool_size}" if self.pool != "none" else ""
@@ -96,9 +100,6 @@ class ConvPool2d(_ConvPool, nn.Conv2d):
         )  # fmt: skip
         self._set_options(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision)
 
-    def forward(self, input):
-        return self._conv_pool(functional.conv_pool2d, input)
-
 
 class ConvPool1d(_ConvPool, nn.Conv1d):
     """Convolution, bias, activation and pooling of sequences as one operator.
@@ -137,6 +138,3 @@ class ConvPool1d(_ConvPool, nn.Conv1d):
             padding_mode, device=device, dtype=dtype,
         )  # fmt: skip
         self._set_options(activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision)
-
-    def forward(self, input):
-        return self._conv_pool(functional.conv_pool1d, input)

@@ -13,8 +13,8 @@ processes or files of the harness. The harness calls it in this order::
     recipe.pictures(folder, model, data, results)
 
 ``predict`` and ``explain`` start from a checkpoint: settings and facts come from there, and ``read`` turns
-what the user named on the command line into a split. So ``build``, ``batch`` and ``predict`` must need nothing
-that is not in settings and facts.
+what the user named on the command line into a split. So ``build``, ``batch`` and ``predict`` must need
+nothing that is not in settings and facts.
 
 What a sample looks like may depend on the seed, the epoch and its row, and on nothing else: a recipe draws
 random numbers from ``draws`` (:class:`draws.Draws`) alone. Then a resumed run goes on as if it had not been
@@ -76,9 +76,9 @@ class Recipe(abc.ABC):
         find_unused_parameters: whether a step may leave parameters without a gradient (DDP must know).
 
     Args:
-        settings: a namespace with every option that decides a run: ``seed, epochs, batch_size, rate, patience,
-            quick, data`` (a path, or None for the embedded data), ``bad_files`` ("skip" or "refuse"), and
-            what ``add_arguments`` added. They are saved in the checkpoint.
+        settings: a namespace with every option that decides a run: ``seed, epochs, batch_size, rate,
+            patience, quick, data`` (a path, or None for the embedded data), ``bad_files`` ("skip" or
+            "refuse"), and what ``add_arguments`` added. They are saved in the checkpoint.
     """
 
     name = ""

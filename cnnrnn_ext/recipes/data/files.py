@@ -11,7 +11,7 @@ SHOWN = 20  # bad files named one by one
 
 
 class BadFiles:
-    """Collects what cannot be used, by name and reason; ``choice``, the option --bad-files, decides in the end.
+    """Collects what cannot be used, by name and reason; ``choice``, the option --bad-files, decides at last.
 
     "refuse": :meth:`settle` raises RecipeError; "skip": it names them on stderr, and the rest is used.
     """
