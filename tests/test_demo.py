@@ -17,8 +17,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from cnnrnn_ext.demo import DemoError, cli, comparison, digits, training
+from cnnrnn_ext.demo import DemoError, cli, comparison, training
 from cnnrnn_ext.models.cnnrnn import stock_conv_pool
+from cnnrnn_ext.recipes.data import digits
 
 TINY = training.Recipe(epochs=2, batch=8, scans=40, validate_every=1)
 

@@ -65,7 +65,8 @@ def _run(arguments):
     import torch
 
     from cnnrnn_ext import backend
-    from cnnrnn_ext.demo import comparison, digits, pictures, training
+    from cnnrnn_ext.demo import comparison, pictures, training
+    from cnnrnn_ext.recipes.data import digits
 
     output, checkpoint = arguments.output, arguments.output / "checkpoint.pt"
     try:

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from cnnrnn_ext import _conditions, _timing, backend, trace
-from cnnrnn_ext.demo import DemoError, digits, training
+from cnnrnn_ext.demo import DemoError, training
 from cnnrnn_ext.models.cnnrnn import stock_conv_pool
+from cnnrnn_ext.recipes.data import digits
 
 FUSED = "cnnrnn_ext"
 NCHW = "stock NCHW"

@@ -1,58 +1,30 @@
 """The demo's pictures: a title says what was found, whatever it was; a caption, under which conditions."""
 
 import math
-import textwrap
 
 import matplotlib
 import torch
-from matplotlib.figure import Figure
 
-from cnnrnn_ext.demo import digits
 from cnnrnn_ext.demo.comparison import CHANNELS_LAST, FUSED, NCHW, REPRODUCIBLE, difference
+from cnnrnn_ext.recipes.data import digits
+from cnnrnn_ext.recipes.drawing import (
+    DPI,
+    INK,
+    MARGIN,
+    OURS,
+    QUIET,
+    RIGHT,
+    STOCK,
+    STOCK_TOO,
+    STYLE,
+    area,
+    caption,
+    page,
+)
 
-OURS, STOCK, STOCK_TOO = "#d1495b", "#2e4057", "#8d99ae"
-INK, QUIET, RIGHT = "#22262e", "#6b7280", "#2a7f62"
 COLORS = {FUSED: OURS, NCHW: STOCK, CHANNELS_LAST: STOCK_TOO}
 ARROWS = {"right": "→", "left": "←", "down": "↓", "up": "↑"}
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": QUIET,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "legend.frameon": False,
-}
-DPI = 160
-MARGIN = 0.35  # inches, around every picture
 PLAIN = 0.01  # smaller numbers are written with a power of ten
-
-
-def _page(width, height, title, subtitle):
-    """A figure with its two headings; lengths in inches."""
-    figure = Figure(figsize=(width, height), facecolor="white")
-    figure.text(MARGIN / width, 1 - 0.3 / height, title, size=15, weight="bold", va="top")
-    figure.text(MARGIN / width, 1 - 0.66 / height, subtitle, size=10, color=QUIET, va="top", linespacing=1.4)
-    return figure
-
-
-def _caption(figure, text):
-    width, height = figure.get_size_inches()
-    lines = textwrap.fill(text, int((width - 2 * MARGIN) * 15.5))
-    figure.text(
-        MARGIN / width, MARGIN * 0.7 / height, lines, size=8.5, color=QUIET, va="bottom", linespacing=1.5
-    )
-
-
-def _area(figure, left, bottom, right, top):
-    """Axes that keep these distances (inches) from the page's edges."""
-    width, height = figure.get_size_inches()
-    return figure.add_axes(
-        (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
-    )
 
 
 def clips(path, test, predicted, accuracy, count=6):
@@ -63,7 +35,7 @@ def clips(path, test, predicted, accuracy, count=6):
     width = 2 * MARGIN + len(shown) * cell + side
     height = top + bottom + len(chosen) * (cell + gap)
     with matplotlib.rc_context(STYLE):
-        figure = _page(
+        figure = page(
             width,
             height,
             f"{accuracy['digit']:.1%} of digits and {accuracy['direction']:.1%} of directions are right",
@@ -86,7 +58,7 @@ def clips(path, test, predicted, accuracy, count=6):
                 if row == 0:
                     axes.set_title(f"frame {frame + 1}", size=8, color=QUIET, pad=3)
             _verdict(figure, test, predicted, clip, (width - side, y + cell / 2))
-        _caption(
+        caption(
             figure,
             f"Every second of {digits.FRAMES} frames. Accuracy over {len(test)} clips: each unseen digit "
             "in each of the four directions.",
@@ -155,7 +127,7 @@ def losses(path, compared):
         apart["stock_all"], REPRODUCIBLE
     )
     with matplotlib.rc_context(STYLE):
-        figure = _page(
+        figure = page(
             10,
             5.1,
             "The losses follow torch.nn as closely as torch.nn follows itself"
@@ -165,7 +137,7 @@ def losses(path, compared):
             f"{apart['steps']} steps, stock's two layouts {_number(apart['stock'])}.",
         )
         left, bottom, top = 0.85, 1.35, 1.25
-        axes = _area(figure, left, bottom, 5.45, top)
+        axes = area(figure, left, bottom, 5.45, top)
         axes.plot(
             steps, ours, color=OURS, linewidth=5, alpha=0.45, label="cnnrnn_ext", solid_capstyle="round"
         )
@@ -175,7 +147,7 @@ def losses(path, compared):
         axes.legend(loc="lower left")
         axes.set_ylim(bottom=0, top=1.08 * max(ours + stock))
 
-        axes = _area(figure, 5.7, bottom, MARGIN, top)
+        axes = area(figure, 5.7, bottom, MARGIN, top)
         axes.axvspan(0, apart["steps"], color=RIGHT, alpha=0.1, linewidth=0)
         for values, color, label in (
             (other, STOCK_TOO, "stock's two layouts from each other"),
@@ -193,7 +165,7 @@ def losses(path, compared):
         axes.set_title("How far the losses are apart", size=10, loc="left")
         axes.set_xlabel("step")
         axes.legend(loc="upper left")
-        _caption(
+        caption(
             figure,
             "Sums in another order round differently, and training magnifies that at each step until the "
             "runs go their own ways. Shaded: the steps in which stock's own two layouts still agree to "
@@ -217,10 +189,8 @@ def step_times(path, compared):
     else:
         title = f"Training steps take {1 / speedup['median']:.1f}× as long as with stock torch.nn"
     with matplotlib.rc_context(STYLE):
-        figure = _page(
-            10, 3.9, title, f"One step of the CNN → LSTM: {conditions['step']}. Shorter is better."
-        )
-        axes = _area(figure, 2.0, 1.35, 1.0, 1.1)
+        figure = page(10, 3.9, title, f"One step of the CNN → LSTM: {conditions['step']}. Shorter is better.")
+        axes = area(figure, 2.0, 1.35, 1.0, 1.1)
         times = [compared["step_ms"][name] for name in names]
         axes.barh(names, times, color=[COLORS[name] for name in names], height=0.62)
         axes.invert_yaxis()
@@ -229,7 +199,7 @@ def step_times(path, compared):
         axes.tick_params(axis="y", length=0, labelsize=11, labelcolor=INK)
         axes.xaxis.set_visible(False)
         axes.spines[["bottom", "left"]].set_visible(False)
-        _caption(
+        caption(
             figure,
             f"{conditions['cpu']}, {conditions['threads']} thread(s); torch {conditions['torch']}; "
             f"allocator: {conditions['allocator']}; {'; '.join(conditions['kernels'])}. Contenders took "

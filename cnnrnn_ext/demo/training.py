@@ -8,7 +8,6 @@ triples the time to import torch, and it brings fourteen packages.
 """
 
 import contextlib
-import math
 import signal
 import sys
 import threading
@@ -19,8 +18,10 @@ import torch
 from torch.nn import functional as F
 
 from cnnrnn_ext import _files
-from cnnrnn_ext.demo import DemoError, digits
+from cnnrnn_ext.demo import DemoError
 from cnnrnn_ext.models import CNNRNN
+from cnnrnn_ext.recipes import schedule
+from cnnrnn_ext.recipes.data import digits
 
 FORMAT = "cnnrnn_ext demo checkpoint 1"
 EVALUATION_BATCH = 64  # clips
@@ -42,10 +43,7 @@ class Recipe:
         return len(scans["train"]) // self.batch
 
     def rate_at(self, step, steps):
-        rise = max(1.0, self.warmup * steps)
-        if step < rise:
-            return self.rate * (step + 1) / (rise + 1)
-        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
+        return schedule.rate_at(step, steps, self.rate, self.warmup)
 
 
 @dataclass

@@ -117,16 +117,20 @@ def make_clips(scans, rows, direction, random, distort):
     speed = torch.tensor(SPEEDS)[torch.randint(len(SPEEDS), (count,), generator=random)]
     travelled = torch.arange(FRAMES)[:, None] * (speed[:, None] * STEPS[direction])[:, None]
     position = (start + travelled) % POSITIONS - OVERHANG
-    digits = _enlarge(scans.images[rows], random if distort else None)
-    return Clips(_place(digits, position), scans.digit[rows], direction, position)
+    digits = enlarge(scans.images[rows], torch.rand(6, count, generator=random) if distort else None)
+    return Clips(place(digits, position), scans.digit[rows], direction, position)
 
 
-def _enlarge(images, random):
-    """Scans [N, 8, 8] → [N, DIGIT, DIGIT], bicubic; with ``random`` a little turned, scaled, sheared."""
+def enlarge(images, distortion=None):
+    """Scans [N, 8, 8] → [N, DIGIT, DIGIT], bicubic.
+
+    distortion: [6, N] random numbers in 0 … 1, by which the scans are a little turned, sheared, scaled and
+    shifted; None leaves them as they are.
+    """
     count = len(images)
     theta = torch.eye(2, 3).repeat(count, 1, 1)
-    if random is not None:
-        turn, shear, wide, high, dx, dy = (2 * torch.rand(6, count, generator=random) - 1).unbind()
+    if distortion is not None:
+        turn, shear, wide, high, dx, dy = (2 * distortion - 1).unbind()
         turn, shear = 0.2 * turn, 0.15 * shear  # radians, and a slope: about 11° and 9°
         wide, high = 1 + 0.12 * wide, 1 + 0.12 * high
         cos, sin = turn.cos(), turn.sin()
@@ -146,7 +150,7 @@ def _enlarge(images, random):
     return big[:, 0].clamp(0, 1)
 
 
-def _place(digits, position):
+def place(digits, position):
     """digits [N, DIGIT, DIGIT] at position [N, T, 2] of frames [N, T, 1, 28, 28], black around them."""
     digits = torch.nn.functional.pad(digits, (0, 1, 0, 1))  # the last row and column: what lies outside
     pixel = 2 * torch.arange(FRAME_SIZE) - position[..., None]  # [N, T, 2, 28]

@@ -1,0 +1,12 @@
+"""The learning rate's course."""
+
+import math
+
+
+def rate_at(step, steps, peak, warmup=0.05):
+    """The rate at ``step`` of ``steps``: in the part ``warmup`` it rises from 0 to ``peak``, then it falls to 0
+    as a cosine."""
+    rise = max(1.0, warmup * steps)
+    if step < rise:
+        return peak * (step + 1) / (rise + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
