@@ -100,3 +100,34 @@ def add_noise(waves, draws, snr_db, gain_db=(-12.0, 6.0)):
 def _amplitude(share, low, high):
     """The amplitude of a level that lies ``share`` of the way from ``low`` to ``high``, in dB."""
     return 10 ** ((low + (high - low) * share) / 20)
+
+
+def distort(features, draws, tract=0.12, speed=0.15, bands=8, frames=0.12):
+    """Spectrograms, a list of [T, MELS], as of other speakers: stretched along both axes, with gaps.
+
+    Frequencies are scaled by 1 ± ``tract`` (another length of the vocal tract: N. Jaitly and G. Hinton,
+    "Vocal tract length perturbation", 2013; here on the mel axis), time by 1 ± ``speed``. Then up to
+    ``bands`` neighbouring bands and up to the part ``frames`` of the frames, in one piece each, are replaced
+    by 0, the mean (D. Park et al., "SpecAugment", 2019). ``draws``: the :class:`draws.Draws` of the rows.
+    """
+    numbers = draws.uniform(6).tolist()
+    distorted = []
+    for x, (scale, rate, wide, low, long, start) in zip(features, numbers, strict=True):
+        x = _stretch(x, 1 + tract * (2 * scale - 1), x.shape[1])
+        x = _stretch(x.t(), 1.0, max(1, round(len(x) * (1 + speed * (2 * rate - 1))))).t().contiguous()
+        wide, long = round(wide * bands), round(long * frames * len(x))
+        low, start = round(low * (x.shape[1] - wide)), round(start * (len(x) - long))
+        x[:, low : low + wide] = 0
+        x[start : start + long] = 0
+        distorted.append(x)
+    return distorted
+
+
+def _stretch(x, scale, size):
+    """x [A, B] read at ``size`` places of its last axis, from 0 to B - 1 times ``scale``, linearly in
+    between; past the end its last value."""
+    last = x.shape[1] - 1
+    places = (torch.linspace(0, last, size) * scale).clamp(max=last)
+    left = places.floor().long().clamp(max=max(last - 1, 0))
+    share = places - left
+    return x[:, left] * (1 - share) + x[:, (left + 1).clamp(max=last)] * share

@@ -10,18 +10,20 @@ import re
 import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from cnnrnn_ext import _files
 from cnnrnn_ext.recipes.data.espeak import EspeakUnavailable, espeak
 from cnnrnn_ext.recipes.data.files import split_rows
 from cnnrnn_ext.recipes.data.formants import Formants
 from cnnrnn_ext.recipes.data.spectrogram import SAMPLE_RATE
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NOISE = (10.0, 30.0)  # dB, signal over noise in validation and test of the synthetic recordings
 STRING = (2, 5)  # digits in a string, at least and at most
 SHORTEST, LONGEST = 0.025, 60.0  # seconds of a recording: one window of the spectrogram; what memory bears
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -33,18 +35,30 @@ class Recordings:
     """Sounds with what is said in them.
 
     waves: one int16 array [samples] each, at ``SAMPLE_RATE``; words: a tuple of words each; voices: who
-    speaks each, or the file it came from.
+    speaks each; files: where each comes from ("" if synthetic); labels: None, or a list of class numbers
+    each; noise: None, or the signal-to-noise ratios (least, most), in dB, at which the recordings are heard
+    in evaluation.
     """
 
     waves: list
     words: list
     voices: list
+    files: list
+    labels: list | None = None
+    noise: tuple | None = None
 
     def __len__(self):
         return len(self.waves)
 
     def subset(self, rows):
-        return Recordings(*([column[row] for row in rows] for column in vars(self).values()))
+        return replace(
+            self,
+            **{
+                name: [column[row] for row in rows]
+                for name, column in vars(self).items()
+                if isinstance(column, list)
+            },
+        )
 
     def sounds(self, rows):
         """Recordings ``rows``, a list of [S] float32 in -1 … 1."""
@@ -95,8 +109,12 @@ def synthesise(speaker, counts, strings, seed):
             waves.append(resample(speaker.say(said, voice, random), speaker.sample_rate))
             words.append(said)
             spoken_by.append(voice)
-        parts[split] = Recordings(waves, words, spoken_by)
+        parts[split] = _synthetic(split, waves, words, spoken_by)
     return parts
+
+
+def _synthetic(split, waves, words, voices):
+    return Recordings(waves, words, voices, [""] * len(waves), noise=None if split == "train" else NOISE)
 
 
 def cached(path, speaker, counts, strings, seed):
@@ -117,11 +135,9 @@ def cached(path, speaker, counts, strings, seed):
         arrays[f"{split}/lengths"] = np.array([len(wave) for wave in part.waves])
         arrays[f"{split}/words"] = np.array([" ".join(words) for words in part.words])
         arrays[f"{split}/voices"] = np.array(part.voices)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may come at once
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(partial, path)
+    own = path.with_name(f"{path.name}.{os.getpid()}")  # several processes may come at once
+    _files.replace(own, lambda file: np.savez(file, **arrays))
+    os.replace(own, path)
     return parts
 
 
@@ -129,10 +145,18 @@ def _unpack(arrays, split):
     ends = np.cumsum(arrays[f"{split}/lengths"])
     waves = np.split(arrays[f"{split}/samples"], ends[:-1])
     words = [tuple(words.split()) for words in arrays[f"{split}/words"].tolist()]
-    return Recordings(waves, words, arrays[f"{split}/voices"].tolist())
+    return _synthetic(split, waves, words, arrays[f"{split}/voices"].tolist())
 
 
 # ---- the user's own recordings ----
+
+
+def read_files(paths, bad):
+    """Recordings of single files, nothing known of their words; what cannot be used goes to ``bad``."""
+    found = Recordings([], [], [], [])
+    for path in paths:
+        _add(found, path, (), bad)
+    return found
 
 
 def read_wav(path):
@@ -163,7 +187,8 @@ def read_wav(path):
 
 
 def _cut_short(path):
-    """Whether a RIFF file says that it is longer than it is; libsndfile reads what there is, without a word."""
+    """Whether a RIFF file says that it is longer than it is; libsndfile reads what there is, without a
+    word."""
     with open(path, "rb") as file:
         header = file.read(8)
     said = int.from_bytes(header[4:8], "little")
@@ -171,24 +196,21 @@ def _cut_short(path):
     return header[:4] == b"RIFF" and said not in unknown and said + 8 > path.stat().st_size
 
 
-def read_folder(folder, bad, classes=None):
-    """Recordings of a folder per word, ``folder/<word>/*.wav``: (Recordings, the words in order).
+def read_folder(folder, bad):
+    """Recordings of a folder per word, ``folder/<word>/*.wav``.
 
-    What cannot be used goes to ``bad`` (:class:`files.BadFiles`): files that :func:`read_wav` refuses, words
-    without any file, and words that are not in ``classes`` where that is given. Voices are the files' paths.
+    What cannot be used goes to ``bad`` (:class:`files.BadFiles`): files that :func:`read_wav` refuses, and
+    words without any file. Voices are the files' paths.
     """
     folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found = Recordings([], [], [])
+    found = Recordings([], [], [], [])
     for word in folders:
-        if classes is not None and word.name not in classes:
-            bad.add(word, "a word that the model does not know")
-            continue
         sounds = sorted(file for file in word.iterdir() if file.suffix.lower() in SUFFIXES)
         if not sounds:
             bad.add(word, f"no recordings ({', '.join(SUFFIXES)})")
         for file in sounds:
             _add(found, file, (word.name,), bad)
-    return found, classes or sorted({words[0] for words in found.words})
+    return found
 
 
 def read_transcripts(table, bad):
@@ -198,7 +220,7 @@ def read_transcripts(table, bad):
     A third column may name the speaker: a speaker's recordings stay in one split. Empty lines and lines that
     start with # are left out; what cannot be used goes to ``bad``.
     """
-    found = Recordings([], [], [])
+    found = Recordings([], [], [], [])
     for number, line in enumerate(table.read_bytes().split(b"\n"), 1):
         if not line.strip() or line.startswith(b"#"):
             continue
@@ -229,6 +251,7 @@ def _add(recordings, file, words, bad, speaker=None):
     recordings.waves.append(wave)
     recordings.words.append(words)
     recordings.voices.append(speaker or str(file))
+    recordings.files.append(str(file))
 
 
 def split_voices(recordings, seed, pattern=None, by_word=False):
@@ -240,7 +263,7 @@ def split_voices(recordings, seed, pattern=None, by_word=False):
     """
     voices = recordings.voices
     if pattern is not None:
-        found = [re.search(pattern, Path(voice).name) for voice in voices]
+        found = [re.search(pattern, Path(file).name) for file in recordings.files]
         voices = [match.group(1) if match else voice for match, voice in zip(found, voices, strict=True)]
     unique = list(dict.fromkeys(voices))
     if len(unique) == len(voices):
