@@ -1,4 +1,4 @@
-"""The command line: ``python -m cnnrnn_ext info`` and ``python -m cnnrnn_ext demo``."""
+"""The command line: ``python -m cnnrnn_ext info``, ``demo``, and the recipes' four commands."""
 
 import argparse
 import json
@@ -6,9 +6,11 @@ import sys
 
 from cnnrnn_ext import info
 from cnnrnn_ext.demo import cli as demo
+from cnnrnn_ext.recipes import cli as recipes
 
 
-def parser():
+def parser(argv=()):
+    """argv: the command line, whose recipe adds its own options."""
     top = argparse.ArgumentParser(
         prog="python -m cnnrnn_ext",
         description="Fast kernels for networks that join a CNN with an RNN.",
@@ -22,6 +24,7 @@ def parser():
     demo_parser = commands.add_parser("demo", help="train a CNN→LSTM on videos of moving digits")
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.run)
+    recipes.add_commands(commands, argv)
     return top
 
 
@@ -32,7 +35,8 @@ def run_info(arguments):
 
 
 def main(argv=None):
-    arguments = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser(argv).parse_args(argv)
     return arguments.run(arguments)
 
 

@@ -94,7 +94,7 @@ def _check_steps(input, options):
     if lengths is not None:
         if batch_sizes is not None:
             raise RuntimeError("lengths: a packed input has its own, expected None")
-        _check_lengths(lengths, steps, batch)
+        check_lengths(lengths, steps, batch)
     if reset is not None:
         check_tensor("reset", reset)
         expected = shape_of(input)[:-1]
@@ -107,7 +107,7 @@ def _check_steps(input, options):
     return batch
 
 
-def _check_lengths(lengths, steps, batch):
+def check_lengths(lengths, steps, batch):
     check_tensor("lengths", lengths)
     integer = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
     if not integer or shape_of(lengths) != [batch]:

@@ -34,6 +34,11 @@ def replace_json(path, content):
     replace(path, lambda file: file.write(text.encode()))
 
 
+def read_json(path):
+    """The content of a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def read_torch(path):
     """The content of a file of torch.save, on the CPU: tensors and plain values, nothing that runs code.
 

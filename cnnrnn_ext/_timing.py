@@ -17,7 +17,10 @@ Standard library only; it knows nothing of torch.
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,6 +40,16 @@ def tuned_allocator_env() -> dict[str, str]:
     """
     kept = str(1 << 32)  # bytes; above any buffer of the benchmarks
     return {"MALLOC_MMAP_THRESHOLD_": kept, "MALLOC_TRIM_THRESHOLD_": kept, "MALLOC_TOP_PAD_": str(1 << 26)}
+
+
+def run_tuned(module, *arguments) -> int:
+    """Exit status of ``python -m module arguments`` in a process of its own, under the tuned allocator.
+
+    Of its own because a process reads those variables once, at its start, and because no earlier work should
+    weigh on a timing.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **tuned_allocator_env()}, check=False).returncode
 
 
 @dataclass(frozen=True)
@@ -173,3 +186,12 @@ def paired(
         for name in order if i % 2 == 0 else reversed(order):
             seconds[name].append(turn(runs[name], calls[name]))
     return Timings(seconds, control)
+
+
+def paired_until_valid(contenders, rounds, attempts, **options) -> Timings:
+    """:func:`paired`, repeated until its control is right, at most ``attempts`` times; the last timings."""
+    for _ in range(attempts):
+        timings = paired(contenders, rounds, **options)
+        if timings.valid:
+            break
+    return timings

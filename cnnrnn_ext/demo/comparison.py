@@ -1,14 +1,10 @@
 """The demo's network against the same one built from stock torch.nn modules: losses and step times.
 
-Runs in a process of its own (``measure_in_fresh_process``), because the allocator is tuned by environment
-variables that a process reads once, at its start, and because no earlier work should weigh on the timing.
+Runs in a process of its own (:func:`_timing.run_tuned`).
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -158,13 +154,9 @@ def time_steps(models, optimizers, clips, plan):
         return lambda: training.train_step(model, optimizer, clips)
 
     contenders = {name: contender(name) for name in models}
-    for _ in range(plan.attempts):
-        timings = _timing.paired(
-            contenders, plan.rounds, control=NCHW, turn_s=plan.turn_s, warmup=plan.warmup
-        )
-        if timings.valid:
-            break
-    return timings
+    return _timing.paired_until_valid(
+        contenders, plan.rounds, plan.attempts, control=NCHW, turn_s=plan.turn_s, warmup=plan.warmup
+    )
 
 
 def conditions(recipe, model, clips):
@@ -183,15 +175,13 @@ def conditions(recipe, model, clips):
 
 def measure_in_fresh_process(recipe, plan, path, threads, mode, show_progress=True):
     """:func:`measure` in a new Python under the tuned allocator; the result is also left at ``path``."""
-    command = [
-        sys.executable, "-m", "cnnrnn_ext.demo.comparison", str(path),
-        "--threads", str(threads), "--backend", mode,
+    status = _timing.run_tuned(
+        "cnnrnn_ext.demo.comparison", path, "--threads", threads, "--backend", mode,
         "--recipe", json.dumps(asdict(recipe)), "--plan", json.dumps(asdict(plan)),
-    ]  # fmt: skip
-    command += [] if show_progress else ["--no-progress"]
-    ended = subprocess.run(command, env={**os.environ, **_timing.tuned_allocator_env()}, check=False)
-    if ended.returncode:
-        raise DemoError(f"the comparison with stock modules ended with exit status {ended.returncode}")
+        *([] if show_progress else ["--no-progress"]),
+    )  # fmt: skip
+    if status:
+        raise DemoError(f"the comparison with stock modules ended with exit status {status}")
     return json.loads(Path(path).read_text())
 
 

@@ -193,13 +193,37 @@ def batches(recipe, split, size):
         yield recipe.batch(split, list(range(start, min(start + size, len(split)))))
 
 
+def move(value, device):
+    """The tensors in ``value`` (a Batch; tuples and dicts inside one another) on ``device``."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: move(part, device) for name, part in value.items()}
+    if isinstance(value, Batch):
+        return Batch(*(move(part, device) for part in value))
+    if isinstance(value, tuple):
+        return tuple(move(part, device) for part in value)
+    return value
+
+
 @torch.no_grad()
 def outputs_of(recipe, model, split, size=64):
-    """(outputs, batch) for all batches of a split, the model in eval mode."""
-    before = model.training
+    """(outputs, batch) for all batches of a split, on the model's device, the model in eval mode."""
+    before, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         for batch in batches(recipe, split, size):
+            batch = move(batch, device)
             yield recipe.forward(model, batch), batch
     finally:
         model.train(before)
+
+
+def evaluate(recipe, model, splits, facts):
+    """{name: number or nested list}: the recipe's metrics over all rows of some splits."""
+    device = next(model.parameters()).device
+    metrics = {name: metric.to(device) for name, metric in recipe.metrics(facts).items()}
+    for split in splits:
+        for outputs, batch in outputs_of(recipe, model, split):
+            recipe.update(metrics, model, outputs, batch)
+    return recipe.results(metrics)

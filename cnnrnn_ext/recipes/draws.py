@@ -58,3 +58,9 @@ def order(count, seed, epoch):
     """The rows' order in an epoch: a permutation of 0 … count - 1, as a list."""
     keys = Draws(seed, epoch, np.arange(count) + (1 << 40))  # not the numbers that the samples draw
     return np.argsort(keys._bits(1)[:, 0], kind="stable").tolist()
+
+
+def seed_torch(seed, *numbers):
+    """Seeds torch's own generator (weights, dropout) for one use, given by ``numbers``."""
+    state = np.random.SeedSequence((seed, *numbers)).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state >> np.uint64(1)))

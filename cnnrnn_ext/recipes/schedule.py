@@ -4,8 +4,7 @@ import math
 
 
 def rate_at(step, steps, peak, warmup=0.05):
-    """The rate at ``step`` of ``steps``: in the part ``warmup`` it rises from 0 to ``peak``, then it falls to 0
-    as a cosine."""
+    """The rate at ``step`` of ``steps``: up to ``peak`` in the part ``warmup``, then down as a cosine."""
     rise = max(1.0, warmup * steps)
     if step < rise:
         return peak * (step + 1) / (rise + 1)
