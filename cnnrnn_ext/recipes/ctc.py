@@ -4,6 +4,7 @@ A. Graves et al., "Connectionist temporal classification", ICML 2006. Class 0 is
 recipe's list is class ``k + 1``.
 """
 
+import itertools
 from typing import NamedTuple
 
 from torch.nn import functional as F
@@ -33,7 +34,7 @@ def loss(logits, lengths, labels, counts):
 
 def steps_needed(labels):
     """The fewest steps that can say a list of labels: a blank must part two equal neighbours."""
-    return len(labels) + sum(a == b for a, b in zip(labels, labels[1:], strict=False))
+    return len(labels) + sum(a == b for a, b in itertools.pairwise(labels))
 
 
 def greedy(logits, lengths):

@@ -19,8 +19,11 @@ def spectrogram(axes, features, **colours):
     )
     low, high = (float(hertz_to_mel(edge)) for edge in (LOWEST, SAMPLE_RATE / 2))
     places = [(float(hertz_to_mel(tick)) - low) / (high - low) * MELS for tick in TICKS]
-    axes.set_yticks(places, [f"{tick} Hz" if tick < 1000 else f"{tick // 1000} kHz" for tick in TICKS],
-    size=7) axes.tick_params(length=2, labelsize=7) axes.spines[:].set_visible(False) return image
+    names = [f"{tick} Hz" if tick < 1000 else f"{tick // 1000} kHz" for tick in TICKS]
+    axes.set_yticks(places, names, size=7)
+    axes.tick_params(length=2, labelsize=7)
+    axes.spines[:].set_visible(False)
+    return image
 
 
 def examples(path, title, subtitle, samples):
@@ -35,7 +38,8 @@ def examples(path, title, subtitle, samples):
             left, top = 0.55 + column * (CELL[0] + 0.55), 1.35 + row * (CELL[1] + 0.6)
             axes = area(figure, left, height - top - CELL[1], width - left - CELL[0], top)
             spectrogram(axes, features)
-            axes.set_title(text, size=8.5, loc="left", color={True: RIGHT, False: OURS, None: INK}[right], pad=3)
+            color = {True: RIGHT, False: OURS, None: INK}[right]
+            axes.set_title(text, size=8.5, loc="left", color=color, pad=3)
         save(figure, path)
 
 

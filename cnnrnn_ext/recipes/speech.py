@@ -8,10 +8,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from cnnrnn_ext.models import ParallelCNNRNN
+from cnnrnn_ext.models._fusion import FUSIONS
 from cnnrnn_ext.recipes import ctc
 from cnnrnn_ext.recipes.base import Batch, Data, Recipe, RecipeError, evaluate
 from cnnrnn_ext.recipes.classification import Classification
-from cnnrnn_ext.recipes.data import speech, spectrogram
+from cnnrnn_ext.recipes.data import spectrogram, speech
 from cnnrnn_ext.recipes.data.files import BadFiles
 from cnnrnn_ext.recipes.draws import Draws
 
@@ -48,21 +49,38 @@ class Speech(Recipe):
 
     @classmethod
     def add_arguments(cls, parser):
-        parser.add_argument("--task", choices=("words", "strings"),
-                            help="single words, or several in a row (default: words, or strings if --data is a "
-                                 "table)")  # fmt: skip
-        parser.add_argument("--synthesiser", choices=("auto", "espeak", "builtin"), default="auto",
-                            help="who says the embedded set: espeak-ng, or a much poorer generator that is always "
-                                 "there (default auto: espeak-ng if it is installed)")  # fmt: skip
-        parser.add_argument("--cache", default="out/cache", metavar="FOLDER",
-                            help="where the synthesised recordings are kept (default out/cache)")  # fmt: skip
-        parser.add_argument("--speaker", metavar="REGEX",
-                            help="its first group, found in a file's name, is the speaker; nobody is then in two "
-                                 "splits (for --data without a column of speakers)")  # fmt: skip
-        parser.add_argument("--units", choices=("words", "characters"), default="words",
-                            help="what a transcript is made of (for --data with transcripts; default words)")  # fmt: skip
-        parser.add_argument("--fusion", choices=("concatenate", "gated", "attention"), default="concatenate",
-                            help="how the CNN's and the RNN's features are joined")  # fmt: skip
+        parser.add_argument(
+            "--task",
+            choices=("words", "strings"),
+            help="single words, or several in a row (default: words; strings if --data is a table)",
+        )
+        parser.add_argument(
+            "--synthesiser",
+            choices=("auto", "espeak", "builtin"),
+            default="auto",
+            help="who says the embedded set: espeak-ng, or a much poorer generator that is always "
+            "there (default auto: espeak-ng if it is installed)",
+        )
+        parser.add_argument(
+            "--cache",
+            default="out/cache",
+            metavar="FOLDER",
+            help="where the synthesised recordings are kept (default out/cache)",
+        )
+        parser.add_argument(
+            "--speaker",
+            metavar="REGEX",
+            help="its first group, found in a file's name, is the speaker; nobody is then in two "
+            "splits (for --data without a column of speakers)",
+        )
+        parser.add_argument(
+            "--units",
+            choices=("words", "characters"),
+            default="words",
+            help="what a transcript is made of (--data with transcripts; default words)",
+        )
+        parser.add_argument("--fusion", choices=FUSIONS, default="concatenate",
+                            help="how the features of CNN and RNN are joined")  # fmt: skip
 
     @classmethod
     def add_inputs(cls, parser):
@@ -78,7 +96,7 @@ class Speech(Recipe):
             report = {"source": f"synthetic speech: digits said by {source}", "voices": voices}
             facts = self.facts_of([words for part in parts.values() for words in part.words], source)
         else:
-            found = self.own(bad, facts)
+            found = self.own(bad)
             facts = facts or self.facts_of(found.words, "recordings")
             found = self.usable(found, facts, bad)
             report = {"source": self.settings.data, "recordings": len(found), "bad_files": bad.settle()}
@@ -101,14 +119,19 @@ class Speech(Recipe):
         path = Path(settings.cache, f"speech-{settings.task}-{settings.seed}.npz")
         return speech.cached(path, speaker, self.recordings, strings, settings.seed), speaker.name
 
-    def own(self, bad, facts):
+    def own(self, bad):
         """The Recordings at settings.data; ``bad`` collects what cannot be used."""
         path = Path(self.settings.data)
-        wanted, there = (path.is_dir(), "a folder for each word") if isinstance(self, Words) else (
-            path.is_file(), "a table of recordings and transcripts")  # fmt: skip
+        if isinstance(self, Words):
+            wanted, there, read = path.is_dir(), "a folder for each word", speech.read_folder
+        else:
+            wanted, there, read = (
+                path.is_file(),
+                "a table of recordings and transcripts",
+                speech.read_transcripts,
+            )
         if not wanted:
             raise RecipeError(f"{path}: expected {there}" + ("" if path.exists() else ", found nothing"))
-        read = speech.read_folder if isinstance(self, Words) else speech.read_transcripts
         try:
             return read(path, bad)
         except OSError as error:
@@ -163,10 +186,8 @@ class Speech(Recipe):
     # ---- the model ----
 
     def network(self, classes, **options):
-        return ParallelCNNRNN(
-            classes, spectrogram.MELS, channels=(16, 32), hidden_size=96, fusion=self.settings.fusion,
-            dropout=0.2, **options,
-        )  # fmt: skip
+        sizes = {"channels": (16, 32), "hidden_size": 96, "dropout": 0.2}
+        return ParallelCNNRNN(classes, spectrogram.MELS, fusion=self.settings.fusion, **sizes, **options)
 
     # ---- figures and pictures ----
 
@@ -203,9 +224,9 @@ class Speech(Recipe):
         rows = [i * step % len(split) for i in range(min(EXAMPLES, len(split)))]
         with torch.no_grad():
             said = self.predict(model, self.batch(split, rows), data.facts)
-        path = folder / "examples.png"
-        self.draw_examples(path, split, rows, said, [f"voice {split.voices[row]}" for row in rows],
-        data.facts) return path
+        path, names = folder / "examples.png", [f"voice {split.voices[row]}" for row in rows]
+        self.draw_examples(path, split, rows, said, names, data.facts)
+        return path
 
 
 class Words(Speech, Classification):
@@ -268,8 +289,10 @@ class Strings(Speech):
 
     def targets(self, labels):
         rows = [torch.tensor(row) for row in labels]
-        return {"labels": pad_sequence(rows, batch_first=True), "counts": torch.tensor([len(r) for r in
-        rows])}
+        return {
+            "labels": pad_sequence(rows, batch_first=True),
+            "counts": torch.tensor([len(r) for r in rows]),
+        }
 
     def build(self, facts):
         self.symbols = facts["symbols"]
@@ -309,16 +332,18 @@ class Strings(Speech):
         """[{"text", "units": [{"unit", "seconds", "probability"}]}]: where each begins, and the highest
         probability that the model gave it there."""
         step = spectrogram.HOP / spectrogram.SAMPLE_RATE * model.time_reduction
-        return [
-            {
-                "text": self.text(found.labels),
-                "units": [
-                    {"unit": self.symbols[label - 1], "seconds": round(place * step, 3), "probability":
-                    probability} for label, place, probability in zip(*found, strict=True)
-                ],
-            }
-            for found in ctc.greedy(*self.forward(model, batch))
-        ]
+        predictions = []
+        for found in ctc.greedy(*self.forward(model, batch)):
+            units = [
+                {
+                    "unit": self.symbols[label - 1],
+                    "seconds": round(place * step, 3),
+                    "probability": probability,
+                }
+                for label, place, probability in zip(*found, strict=True)
+            ]
+            predictions.append({"text": self.text(found.labels), "units": units})
+        return predictions
 
     def describe(self, prediction):
         """The text; a unit that the model was not sure of with its probability."""
