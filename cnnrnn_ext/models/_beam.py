@@ -36,7 +36,9 @@ def beam_search(step, state, rows, device, *, begin_id, end_id, padding_id, max_
         :class:`Generated`.
     """
     tokens = torch.full((rows, 1), begin_id, device=device)
-    scores = torch.zeros(rows, 1, dtype=torch.float64, device=device)  # log-probabilities, of one dtype for all
+    scores = torch.zeros(
+        rows, 1, dtype=torch.float64, device=device
+    )  # log-probabilities, of one dtype for all
     lengths = torch.zeros(rows, 1, dtype=torch.int64, device=device)
     finished = torch.zeros(rows, 1, dtype=torch.bool, device=device)
     history = []

@@ -25,9 +25,7 @@ def make_recurrent(kind, input_size, hidden_size, num_layers, bidirectional, dro
     integers("num_layers", num_layers, 1, 1)
     layer, options = RECURRENT[kind]
     between = dropout if num_layers > 1 else 0.0
-    return layer(
-        input_size, hidden_size, num_layers, bidirectional=bidirectional, dropout=between, **options
-    )
+    return layer(input_size, hidden_size, num_layers, bidirectional=bidirectional, dropout=between, **options)
 
 
 def width_of(rnn):

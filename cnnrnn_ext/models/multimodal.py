@@ -166,7 +166,5 @@ def _is_tensor(value):
 
 def _mean(logits, present):
     """The mean over the branches that are present. logits: [N, classes] each; present: [N, B]."""
-    total = sum(
-        x.masked_fill(~here[:, None], 0.0) for x, here in zip(logits, present.unbind(1), strict=True)
-    )
+    total = sum(x.masked_fill(~here[:, None], 0.0) for x, here in zip(logits, present.unbind(1), strict=True))
     return total / present.sum(1, keepdim=True).clamp(min=1)

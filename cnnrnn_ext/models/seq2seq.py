@@ -124,7 +124,12 @@ class Seq2Seq(nn.Module):
         x = self.dropout(self.source_embedding(source.t()))
         memory, states = run_recurrent(self.encoder, x, lengths)
         memory = memory.transpose(0, 1).contiguous()
-        return self._bridge(states), self.attend.keys(memory), memory, steps_within(lengths, source.shape[1]).t()
+        return (
+            self._bridge(states),
+            self.attend.keys(memory),
+            memory,
+            steps_within(lengths, source.shape[1]).t(),
+        )
 
     def _bridge(self, states):
         if not self.bridges:

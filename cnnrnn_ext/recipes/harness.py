@@ -204,7 +204,7 @@ class WholeFiles(CheckpointIO):
 
 
 class Keeper(Checkpoint):
-    """Writes the checkpoints at the end of each epoch; removes the folder's former run when another begins."""
+    """Writes the checkpoints when an epoch ends; removes the folder's former run when another begins."""
 
     def __init__(self, folder, seconds):
         self.folder, self.before = folder, seconds

@@ -7,7 +7,8 @@ import torch
 
 from cnnrnn_ext import _conditions, _files, backend, trace
 from cnnrnn_ext.recipes import checkpoints
-from cnnrnn_ext.recipes.base import RecipeError, move
+from cnnrnn_ext.recipes.base import RecipeError, move, outputs_of
+from cnnrnn_ext.recipes.base import evaluate as measure
 
 # ---- train ----
 

@@ -150,11 +150,12 @@ def enlarge(images, distortion=None):
     return big[:, 0].clamp(0, 1)
 
 
-def place(digits, position):
-    """digits [N, DIGIT, DIGIT] at position [N, T, 2] of frames [N, T, 1, 28, 28], black around them."""
-    digits = torch.nn.functional.pad(digits, (0, 1, 0, 1))  # the last row and column: what lies outside
+def place(pictures, position):
+    """pictures [N, S, S], in half pixels, at position [N, T, 2] of frames [N, T, 1, 28, 28], black around."""
+    side = pictures.shape[-1]
+    pictures = torch.nn.functional.pad(pictures, (0, 1, 0, 1))  # the last row and column: what lies outside
     pixel = 2 * torch.arange(FRAME_SIZE) - position[..., None]  # [N, T, 2, 28]
-    pixel = torch.where((pixel >= 0) & (pixel < DIGIT), pixel, DIGIT)
+    pixel = torch.where((pixel >= 0) & (pixel < side), pixel, side)
     rows, columns = pixel.unbind(2)
-    clip = torch.arange(len(digits))[:, None, None, None]
-    return digits[clip, rows[..., :, None], columns[..., None, :]].unsqueeze(2)
+    clip = torch.arange(len(pictures))[:, None, None, None]
+    return pictures[clip, rows[..., :, None], columns[..., None, :]].unsqueeze(2)
