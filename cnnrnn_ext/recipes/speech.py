@@ -196,7 +196,7 @@ class Speech(Recipe):
         split = data.splits["test"]
         if split.noise is None:
             return {}
-        clean = evaluate(self, model, dataclasses.replace(split, noise=None), data.facts)
+        clean = evaluate(self, model, [dataclasses.replace(split, noise=None)], data.facts)
         return {"without_noise": {name: value for name, value in clean.items() if isinstance(value, float)}}
 
     def draw(self, path, split, names, predictions, facts):
@@ -228,6 +228,39 @@ class Speech(Recipe):
         self.draw_examples(path, split, rows, said, names, data.facts)
         return path
 
+    def explain(self, path, model, batch, name, facts):
+        """Integrated gradients of the answer: of the class's logit, or of the logits of a string's units
+        where each begins."""
+        from cnnrnn_ext.explain import integrated_gradients
+        from cnnrnn_ext.recipes import drawing_speech
+
+        features, lengths = batch.inputs
+        with torch.no_grad():
+            (said,) = self.predict(model, batch, facts)
+        relevance = integrated_gradients(Answer(self, model, said, facts), (features, lengths), None)
+        note = (
+            "Integrated gradients (Sundararajan et al. 2017) from the mean spectrogram to this one: red points speak "
+            f"for the answer, blue ones against it. Speech: {facts['source']}."
+        )
+        told = self.describe(said)
+        drawing_speech.explanation(
+            path, f"{Path(name).name}: {told}", features[0], relevance[0], self.marks(said), note
+        )
+        return f"{name}: {told}; red in the lower picture: what speaks for it"
+
+
+class Answer(torch.nn.Module):
+    """What a model gives to one prediction, as [N, 1]: the number that an explanation explains."""
+
+    def __init__(self, recipe, model, prediction, facts):
+        super().__init__()
+        self.model, self.places = model, recipe.places(prediction, facts)
+
+    def forward(self, features, lengths):
+        outputs = self.model(features, lengths)
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs[:, None]
+        return sum(logits[:, step, label] for step, label in self.places)[:, None]
+
 
 class Words(Speech, Classification):
     """One word a recording: classes."""
@@ -254,6 +287,12 @@ class Words(Speech, Classification):
 
     def text_of(self, prediction):
         return prediction["label"]["class"]
+
+    def places(self, prediction, facts):
+        return [(0, facts["classes"]["label"].index(self.text_of(prediction)))]
+
+    def marks(self, prediction):
+        return []
 
     def pictures(self, folder, model, data, results):
         return [*super().pictures(folder, model, data, results), self.examples(folder, model, data)]
@@ -337,10 +376,11 @@ class Strings(Speech):
             units = [
                 {
                     "unit": self.symbols[label - 1],
+                    "step": place,
                     "seconds": round(place * step, 3),
-                    "probability": probability,
+                    "probability": likely,
                 }
-                for label, place, probability in zip(*found, strict=True)
+                for label, place, likely in zip(*found, strict=True)
             ]
             predictions.append({"text": self.text(found.labels), "units": units})
         return predictions
@@ -355,6 +395,15 @@ class Strings(Speech):
 
     def text_of(self, prediction):
         return prediction["text"]
+
+    def places(self, prediction, facts):
+        """(step, class) of each unit."""
+        if not prediction["units"]:
+            raise RecipeError("nothing was heard, so there is nothing to explain")
+        return [(unit["step"], facts["symbols"].index(unit["unit"]) + 1) for unit in prediction["units"]]
+
+    def marks(self, prediction):
+        return [(unit["seconds"], unit["unit"]) for unit in prediction["units"]]
 
     def pictures(self, folder, model, data, results):
         return [self.examples(folder, model, data)]
