@@ -14,9 +14,9 @@ from cnnrnn_ext.recipes.base import Batch, Data, Recipe, RecipeError, evaluate
 from cnnrnn_ext.recipes.classification import Classification
 from cnnrnn_ext.recipes.data import spectrogram, speech
 from cnnrnn_ext.recipes.data.files import BadFiles
-from cnnrnn_ext.recipes.draws import Draws
+from cnnrnn_ext.recipes.draws import Draws, order
 
-TRAINING_NOISE = (5.0, 30.0)  # dB, signal over noise
+TRAINING_NOISE = (5.0, 60.0)  # dB, signal over noise: from a loud street to nothing audible
 EVALUATION = 1 << 20  # the "epoch" of the noise that evaluation adds: one that no training reaches
 FEW = {"train": 192, "validation": 32, "test": 32}  # recordings of --quick
 TABLES = (".tsv", ".txt", ".csv")
@@ -37,7 +37,7 @@ class Speech(Recipe):
 
     name = "speech"
     needs = {"scipy": "scipy", "soundfile": "soundfile"}  # noqa: RUF012
-    epochs = 12
+    epochs = 10
     rate = 3e-3
     recordings: dict[str, int] = {}  # noqa: RUF012
 
@@ -93,7 +93,7 @@ class Speech(Recipe):
         if self.settings.data is None:
             parts, source = self.embedded()
             voices = {name: len(set(part.voices)) for name, part in parts.items()}
-            report = {"source": f"synthetic speech: digits said by {source}", "voices": voices}
+            report = {"source": f"spoken digits, {source}", "voices": voices}
             facts = self.facts_of([words for part in parts.values() for words in part.words], source)
         else:
             found = self.own(bad)
@@ -108,16 +108,17 @@ class Speech(Recipe):
         return Data(splits, facts, report)
 
     def embedded(self):
-        """({split: Recordings} of synthetic speech, the synthesiser's name)."""
+        """({split: Recordings} of synthetic speech, how it was made)."""
         settings, strings = self.settings, isinstance(self, Strings)
         try:
             speaker = speech.engine(settings.synthesiser)
         except speech.EspeakUnavailable as error:
             raise RecipeError(f"--synthesiser {settings.synthesiser}: {error}") from error
+        source = f"synthetic, by {speaker.name}"
         if settings.quick:
-            return speech.synthesise(speaker, FEW, strings, settings.seed), speaker.name
+            return speech.synthesise(speaker, FEW, strings, settings.seed), source
         path = Path(settings.cache, f"speech-{settings.task}-{settings.seed}.npz")
-        return speech.cached(path, speaker, self.recordings, strings, settings.seed), speaker.name
+        return speech.cached(path, speaker, self.recordings, strings, settings.seed), source
 
     def own(self, bad):
         """The Recordings at settings.data; ``bad`` collects what cannot be used."""
@@ -220,8 +221,7 @@ class Speech(Recipe):
     def examples(self, folder, model, data):
         """examples.png: some of the test split, of different words and voices; returns the path."""
         split = data.splits["test"]
-        step = max(1, len(split) // EXAMPLES) + 1
-        rows = [i * step % len(split) for i in range(min(EXAMPLES, len(split)))]
+        rows = order(len(split), self.settings.seed, EVALUATION)[:EXAMPLES]
         with torch.no_grad():
             said = self.predict(model, self.batch(split, rows), data.facts)
         path, names = folder / "examples.png", [f"voice {split.voices[row]}" for row in rows]

@@ -21,6 +21,7 @@ from cnnrnn_ext.recipes.data.espeak import EspeakUnavailable, espeak
 from cnnrnn_ext.recipes.data.files import split_rows
 from cnnrnn_ext.recipes.data.formants import Formants
 from cnnrnn_ext.recipes.data.spectrogram import SAMPLE_RATE
+from cnnrnn_ext.recipes.data.tables import read_rows
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NOISE = (10.0, 30.0)  # dB, signal over noise in validation and test of the synthetic recordings
@@ -221,24 +222,8 @@ def read_transcripts(table, bad):
     start with # are left out; what cannot be used goes to ``bad``.
     """
     found = Recordings([], [], [], [])
-    for number, line in enumerate(table.read_bytes().split(b"\n"), 1):
-        if not line.strip() or line.startswith(b"#"):
-            continue
-        place = f"{table}, line {number}"
-        try:
-            columns = [column.strip() for column in line.decode("utf-8").rstrip("\r").split("\t")]
-        except UnicodeDecodeError:
-            bad.add(place, "not UTF-8")
-            continue
-        if len(columns) not in (2, 3):
-            bad.add(
-                place,
-                f"expected path, transcript and perhaps speaker, tabs between; got {len(columns)} column(s)",
-            )
-        elif not columns[1]:
-            bad.add(place, "no transcript")
-        else:
-            _add(found, table.parent / columns[0], tuple(columns[1].split()), bad, *columns[2:])
+    for _, (file, transcript, speaker) in read_rows(table, bad, ("path", "transcript"), ("speaker",)):
+        _add(found, table.parent / file, tuple(transcript.split()), bad, speaker)
     return found
 
 

@@ -1,9 +1,9 @@
 """Pairs of strings, English → French, German, Spanish: names from CLDR (Babel) and user interface strings
 (Django).
 
-Both come with installed packages: CLDR's data with Babel, the ``.po`` catalogues with Django. Everything that
-CLDR or Django's translators left in English on purpose is in too, so that copying the source is a fair
-baseline.
+Both come with installed packages: CLDR's data with Babel, the catalogues (made from its ``.po`` files) with
+Django. Everything that CLDR or Django's translators left in English on purpose is in too, so that copying the
+source is a fair baseline.
 """
 
 import re
@@ -11,8 +11,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnnrnn_ext.recipes.data.files import split_rows
+from cnnrnn_ext.recipes.data.tables import read_rows
+
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
 NAMES = ("territories", "languages", "scripts", "variants", "currencies")  # attributes of a Babel locale
+SHARES = {"train": 0.8, "validation": 0.06, "test": 0.14}
 LONGEST = 48  # characters; longer strings are left out
 
 
@@ -83,12 +87,12 @@ def _leaves(table, path=()):
 def _django(language):
     """(kind, English, translation) of the catalogues in the installed Django package."""
     import django
-    from babel.messages.pofile import read_po
+    from babel.messages.mofile import read_mo
 
-    for path in sorted(Path(django.__file__).parent.rglob(f"locale/{language}/LC_MESSAGES/*.po")):
+    for path in sorted(Path(django.__file__).parent.rglob(f"locale/{language}/LC_MESSAGES/*.mo")):
         with open(path, "rb") as file:
-            for message in read_po(file, locale=language):
-                if isinstance(message.id, str) and isinstance(message.string, str) and not message.fuzzy:
+            for message in read_mo(file):
+                if message.id and isinstance(message.id, str):  # not the header, nor plurals
                     yield "interface", message.id, message.string
 
 
@@ -97,3 +101,33 @@ def gist(source):
     one split, or the test would ask for what training showed."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"%\(\w+\)\w|\{\w*\}|%\w", " ", source.casefold()))
     return " ".join(re.sub(r"(?<=[^s]{2})s$", "", word) for word in words)
+
+
+def read_pairs(table, longest, bad):
+    """:class:`Pairs` of a table of the user's, one line each: ``source<TAB>target``, and perhaps a third
+    column for the target's language. UTF-8; what cannot be used, and pairs of more than ``longest``
+    characters, go to ``bad``."""
+    found = Pairs([], [], [], [])
+    for place, (source, target, language) in read_rows(table, bad, ("source", "target"), ("language",)):
+        length = max(len(source), len(target))
+        if length > longest:
+            bad.add(place, f"{length} characters (--longest {longest})")
+            continue
+        for column, value in zip(vars(found).values(), (source, target, language, "own"), strict=True):
+            column.append(value)
+    return found
+
+
+def split_pairs(pairs, seed):
+    """{split: Pairs}: all pairs whose sources have the same :func:`gist` in one split."""
+    gists = [gist(source) or source for source in pairs.sources]
+    unique = list(dict.fromkeys(gists))
+    split_of = {
+        unique[row]: split
+        for split, rows in split_rows([0] * len(unique), seed, SHARES).items()
+        for row in rows
+    }
+    return {
+        split: pairs.subset([row for row, words in enumerate(gists) if split_of[words] == split])
+        for split in SHARES
+    }
