@@ -1,6 +1,7 @@
 """The demo: its data keep what they promise, a stopped run goes on as if it had not, bad files do no harm."""
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -17,8 +18,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+from cnnrnn_ext import unfuse_
 from cnnrnn_ext.demo import DemoError, cli, comparison, training
-from cnnrnn_ext.models.cnnrnn import stock_conv_pool
 from cnnrnn_ext.recipes.data import digits
 
 TINY = training.Recipe(epochs=2, batch=8, scans=40, validate_every=1)
@@ -338,8 +339,8 @@ def test_quick_run_measures_what_a_stock_network_measures(quick):
     """The accuracies, once more from the checkpoint's weights in stock modules."""
     metrics = json.loads((quick / "metrics.json").read_text())
     recipe, model, _, progress = training.load(quick / "checkpoint.pt")
-    stock = training.build(recipe.seed, conv_pool=stock_conv_pool, rnn=nn.LSTM)
-    stock.load_state_dict(model.state_dict())
+    stock = copy.deepcopy(model)
+    unfuse_(stock)
     test = digits.evaluation_clips(training.load_scans(recipe)["test"], recipe.seed)
     with torch.no_grad():
         logits = stock(test.frames)

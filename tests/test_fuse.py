@@ -463,11 +463,13 @@ def test_errors():
 @pytest.mark.parametrize("layer", [cx.LSTM, cx.GRU, cx.RNN])
 def test_unfused_layers_take_lengths(layer, batch_first):
     model = nn.ModuleList([layer(5, 6, 2, batch_first=batch_first, bidirectional=True)])
-    x, lengths = torch.randn((3, 7, 5) if batch_first else (7, 3, 5)), torch.tensor([4, 7, 1])
-    expected = model[0](x, lengths=lengths)
+    x, lengths = torch.randn((4, 7, 5) if batch_first else (7, 4, 5)), torch.tensor([4, 7, 0, 1])
+    h_0 = torch.randn(4, 4, 6)
+    states = (None, (h_0, torch.randn(4, 4, 6)) if layer is cx.LSTM else h_0)
+    expected = [model[0](x, hx, lengths=lengths) for hx in states]
     cx.unfuse_(model)
     assert isinstance(model[0], getattr(nn, layer.__name__))
-    torch.testing.assert_close(model[0](x, lengths=lengths), expected)
+    torch.testing.assert_close([model[0](x, hx, lengths=lengths) for hx in states], expected)
 
 
 @pytest.mark.parametrize("pool", ["max", "avg", "none"])

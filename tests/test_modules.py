@@ -286,9 +286,8 @@ def test_backward_in_eval(mode, training):
 def test_optimizer_steps_follow_torchs(mode):
     """Twelve steps of SGD with momentum, in place: the loss and every parameter stay beside stock's."""
     ours = cx.models.CNNRNN({"a": 3}, 1, (12, 12), (4, 5), 7)
-    stock = cx.models.CNNRNN(
-        {"a": 3}, 1, (12, 12), (4, 5), 7, conv_pool=cx.models.cnnrnn.stock_conv_pool, rnn=nn.LSTM
-    )
+    stock = cx.models.CNNRNN({"a": 3}, 1, (12, 12), (4, 5), 7)
+    cx.unfuse_(stock)
     ours.load_state_dict(stock.state_dict(), strict=True)
     clips, labels = torch.randn(6, 4, 1, 12, 12), torch.randint(3, (6,))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (ours, stock)]
@@ -505,37 +504,3 @@ def test_repr_names_the_options():
     text = repr(cx.ConvPool2d(3, 8, 3, activation="tanh", pool="none"))
     assert "tanh" in text
     assert "3, 8" in text
-
-
-# ---- CNNRNN ----
-
-
-def test_cnnrnn_is_its_stock_twin(mode):
-    shape = {"in_channels": 2, "frame_size": (12, 14), "channels": (4, 5), "hidden_size": 7}
-    heads = {"digit": 10, "direction": 4}
-    ours = cx.models.CNNRNN(heads, **shape)
-    stock = cx.models.CNNRNN(heads, **shape, conv_pool=cx.models.cnnrnn.stock_conv_pool, rnn=nn.LSTM)
-    ours.load_state_dict(stock.state_dict(), strict=True)
-    stock.load_state_dict(ours.state_dict(), strict=True)
-    check_alike(ours, stock, mode, ["conv_pool2d", "lstm"], torch.randn(3, 5, 2, 12, 14))
-    assert set(ours(torch.randn(3, 5, 2, 12, 14))) == set(heads)
-
-
-def test_cnnrnn_real_size(compiled):
-    """The seed's network on 28×28 frames: the LSTM reads 1600 features."""
-    ours = cx.models.CNNRNN({"digit": 10})
-    stock = cx.models.CNNRNN({"digit": 10}, conv_pool=cx.models.cnnrnn.stock_conv_pool, rnn=nn.LSTM)
-    ours.load_state_dict(stock.state_dict(), strict=True)
-    assert ours.rnn.input_size == 1600
-    check_alike(
-        ours, stock, compiled, ["conv_pool2d", "lstm"], torch.rand(4, 16, 1, 28, 28), rtol=1e-3, atol=1e-4
-    )
-
-
-def test_cnnrnn_refuses_other_frames():
-    with pytest.raises(RuntimeError, match="clips"):
-        cx.models.CNNRNN({"a": 2})(torch.randn(3, 5, 2, 28, 28))
-    with pytest.raises(RuntimeError, match="clips"):
-        cx.models.CNNRNN({"a": 2})(torch.randn(5, 1, 28, 28))
-    with pytest.raises(ValueError, match="frame_size"):
-        cx.models.CNNRNN({"a": 2}, frame_size=(6, 6))

@@ -7,14 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cnnrnn_ext.demo import DemoError
+from cnnrnn_ext.recipes.options import natural, positive
 
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}  # module: package
 STOPPED = 130  # exit status of a program that Ctrl-C ended
 
 
 def add_arguments(parser):
-    parser.add_argument("--epochs", type=_positive, help="length of the training (default: the recipe's)")
-    parser.add_argument("--seed", type=_natural, default=0, help="of data, weights and batches (default 0)")
+    parser.add_argument("--epochs", type=positive, help="length of the training (default: the recipe's)")
+    parser.add_argument("--seed", type=natural, default=0, help="of data, weights and batches (default 0)")
     parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder (default out/demo)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the output folder's run, or fail")
@@ -23,22 +24,8 @@ def add_arguments(parser):
         "--backend", choices=("auto", "compiled", "reference"), default="auto",
         help="what our modules run on: compiled kernels where there are any, only those, or plain PyTorch",
     )  # fmt: skip
-    parser.add_argument("--threads", type=_positive, help="of torch (default: torch's choice)")
+    parser.add_argument("--threads", type=positive, help="of torch (default: torch's choice)")
     parser.add_argument("--quick", action="store_true", help="a tiny run that shows that everything works")
-
-
-def _positive(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def _natural(text):
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
 
 
 def run(arguments):

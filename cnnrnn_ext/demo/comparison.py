@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cnnrnn_ext import _conditions, _timing, backend, trace
+from cnnrnn_ext import _conditions, _timing, backend, trace, unfuse_
 from cnnrnn_ext.demo import DemoError, training
-from cnnrnn_ext.models.cnnrnn import stock_conv_pool
 from cnnrnn_ext.recipes.data import digits
 
 FUSED = "cnnrnn_ext"
@@ -43,28 +42,26 @@ class Plan:
     warmup: int = 5
 
 
-class channels_last_conv_pool(stock_conv_pool):
-    """stock_conv_pool that reads and writes channels_last."""
-
-    def forward(self, input):
-        _, channels, height, width = input.shape
-        if channels == 1:
-            # Either layout stores one channel alike, and torch takes such a tensor for NCHW unless its
-            # strides spell out the other.
-            input = input.contiguous().as_strided(input.shape, (height * width, 1, width, 1))
-        return super().forward(input.contiguous(memory_format=torch.channels_last))
+def channels_last(module, inputs):
+    """A forward pre-hook that lays out a convolution's input channels_last."""
+    (input,) = inputs
+    _, channels, height, width = input.shape
+    if channels == 1:
+        # Either layout stores one channel alike, and torch takes such a tensor for NCHW unless its strides
+        # spell out the other.
+        input = input.contiguous().as_strided(input.shape, (height * width, 1, width, 1))
+    return input.contiguous(memory_format=torch.channels_last)
 
 
 def build_all(seed):
     """{name: model}, all with the weights that ``training.build(seed)`` draws."""
-    models = {
-        FUSED: training.build(seed),
-        NCHW: training.build(seed, conv_pool=stock_conv_pool, rnn=nn.LSTM),
-        CHANNELS_LAST: training.build(seed, conv_pool=channels_last_conv_pool, rnn=nn.LSTM),
-    }
+    models = {name: training.build(seed) for name in (FUSED, *STOCK)}
     for name in STOCK:
-        models[name].load_state_dict(models[FUSED].state_dict())
+        unfuse_(models[name])
     models[CHANNELS_LAST].to(memory_format=torch.channels_last)
+    for module in models[CHANNELS_LAST].modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(channels_last)
     return models
 
 

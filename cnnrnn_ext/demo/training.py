@@ -68,11 +68,11 @@ def load_scans(recipe):
     }
 
 
-def build(seed, **layers):
-    """The network, its weights drawn from ``seed``; ``layers`` as CNNRNN's conv_pool and rnn."""
+def build(seed):
+    """The network, its weights drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CNNRNN(digits.HEADS, frame_size=(digits.FRAME_SIZE, digits.FRAME_SIZE), **layers)
+        return CNNRNN(digits.HEADS, frame_size=(digits.FRAME_SIZE, digits.FRAME_SIZE))
 
 
 def optimizer_for(model, recipe):

@@ -1,5 +1,6 @@
 """Which stock module each of ours is, both ways; ours have more, and what only they have stays theirs."""
 
+import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -93,10 +94,22 @@ class _Lengths:
     def forward(self, input, hx=None, *, lengths=None):
         if lengths is None:
             return super().forward(input, hx)
-        packed = pack_padded_sequence(input, lengths.cpu(), self.batch_first, enforce_sorted=False)
-        output, states = super().forward(packed, hx)
+        # Packing has no rows of no steps: those go one, which is taken back.
+        empty = (lengths < 1).to(input.device)
+        lengths = lengths.clamp(min=1).cpu()
+        packed = pack_padded_sequence(input, lengths, self.batch_first, enforce_sorted=False)
+        output, new = super().forward(packed, hx)
         steps = input.shape[1 if self.batch_first else 0]
-        return pad_packed_sequence(output, self.batch_first, total_length=steps)[0], states
+        output, _ = pad_packed_sequence(output, self.batch_first, total_length=steps)
+        output = output.masked_fill(empty[:, None, None] if self.batch_first else empty[:, None], 0.0)
+        if isinstance(new, tuple):
+            return output, tuple(_kept(empty, *pair) for pair in zip(hx or (0.0, 0.0), new, strict=True))
+        return output, _kept(empty, 0.0 if hx is None else hx, new)
+
+
+def _kept(empty, old, new):
+    """The new states, and the old ones of rows that are empty. empty: [N]; states: [num_layers*D, N, H]."""
+    return torch.where(empty[:, None], old, new)
 
 
 class StockLSTM(_Lengths, nn.LSTM):

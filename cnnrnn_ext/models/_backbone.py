@@ -30,8 +30,8 @@ def vgg_stack(in_channels, frame_size, channels):
 
 
 def resnet_stack(in_channels, frame_size, channels):
-    """As a small ResNet (He et al. 2016): a 3×3 convolution with max-pool 2, then for each of ``channels`` two
-    residual blocks; each but the first halves the frame by a max-pool. The features are means over pixels."""
+    """As a small ResNet (He et al. 2016): a 3×3 convolution with max-pool 2, then for each of ``channels``
+    two residual blocks, all but the first of these stages halving the frame; features: means of pixels."""
     _pixels(frame_size, channels, lambda size: size // 2)
     layers = [ConvPool2d(in_channels, channels[0], 3, padding=1)]
     for stage, (c_in, c_out) in enumerate(itertools.pairwise((channels[0], *channels))):

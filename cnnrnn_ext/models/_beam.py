@@ -8,8 +8,8 @@ import torch
 class Generated(NamedTuple):
     """What a search found, the best hypothesis of each row.
 
-    tokens [N, L] int64, the end token included, then padding; lengths [N], the end token included; scores [N]:
-    log-probability / length**length_penalty; attention [N, L, S], 0 behind a row's end. L is the largest length.
+    tokens [N, L] int64, with the end token, then padding; lengths [N], with the end token; scores [N]:
+    log-probability / length**length_penalty; attention [N, L, S], 0 behind a row's end. L: the largest one.
     """
 
     tokens: torch.Tensor
@@ -36,9 +36,7 @@ def beam_search(step, state, rows, device, *, begin_id, end_id, padding_id, max_
         :class:`Generated`.
     """
     tokens = torch.full((rows, 1), begin_id, device=device)
-    scores = torch.zeros(
-        rows, 1, dtype=torch.float64, device=device
-    )  # log-probabilities, of one dtype for all
+    scores = torch.zeros(rows, 1, dtype=torch.float64, device=device)  # sums of log-probabilities
     lengths = torch.zeros(rows, 1, dtype=torch.int64, device=device)
     finished = torch.zeros(rows, 1, dtype=torch.bool, device=device)
     history = []

@@ -47,8 +47,8 @@ class Readout(nn.Module):
     """What the heads read of a sequence.
 
     Args:
-        kind: "last": the state after the last step. "mean": of the steps. "attention": the steps' sum, weighed
-            by :class:`AttentionWeights`. "steps": every step.
+        kind: "last": the state after the last step. "mean": of the steps. "attention": the steps' sum,
+            weighed by :class:`AttentionWeights`. "steps": every step.
         features: D.
     """
 

@@ -8,7 +8,7 @@ from cnnrnn_ext._checks_rnn import check_lengths
 from cnnrnn_ext.models._backbone import make_backbone
 from cnnrnn_ext.models._masks import steps_within
 from cnnrnn_ext.models._readout import Readout, make_heads
-from cnnrnn_ext.models._recurrent import last_state, make_recurrent, run_recurrent, width_of
+from cnnrnn_ext.models._recurrent import last_state, make_recurrent, width_of
 
 
 class CNNRNN(nn.Module):
@@ -53,8 +53,8 @@ class CNNRNN(nn.Module):
     Shape:
         clips [N, T, C, H, W]; lengths None or [N] integers, 0 to T: what stands behind a row's end is not
         read, and results are the same as of the row alone. Returns logits [N, classes], with readout="steps"
-        [N, T, classes] (behind a row's end they are those of a zero output, and mean nothing); a dict of these
-        for a dict of heads.
+        [N, T, classes] (behind a row's end they are those of a zero output, and mean nothing); a dict of
+        these for a dict of heads.
 
     With lengths, only the frames before the rows' ends pass through the CNN. A graph (torch.compile,
     torch.export) has no such numbers: there all frames do, which changes no result but BatchNorm's statistics
@@ -118,7 +118,7 @@ class CNNRNN(nn.Module):
     def _run(self, clips, lengths):
         self._check(clips, lengths)
         x = self._frame_features(clips, lengths)
-        output, states = run_recurrent(self.rnn, x, lengths)
+        output, states = self.rnn(x, lengths=lengths)
         return output, last_state(states, self.rnn)
 
     def _frame_features(self, clips, lengths):

@@ -26,18 +26,18 @@ class MultiModal(nn.Module):
             a row has), so that the model learns to do with what is there.
 
     Shape:
-        inputs: {"name": a tensor, or a tuple of the arguments of that branch's ``features``, or None}: None, or
-        no entry, is missing for the whole batch. Tensors begin with N.
+        inputs: {"name": a tensor, or a tuple of the arguments of that branch's ``features``, or None}: None,
+        or no entry, is missing for the whole batch. Tensors begin with N.
         present: None, or {"name": [N] bool}: which rows have that input; the others' content is not read.
         Returns logits [N, classes], or a dict of these. A missing branch contributes nothing: the answer is
         that of the others; of a row without any, 0 ("late") or the heads' of features 0 ("gated").
 
     A branch runs on the rows that have its input, and not at all where no row has: with DDP that takes
-    ``find_unused_parameters=True``, and torch.compile with ``present`` or ``branch_dropout`` breaks the graph.
+    ``find_unused_parameters=True``; torch.compile with ``present`` or ``branch_dropout`` breaks the graph.
 
     Raises:
-        ValueError: no branches, an unknown fusion or probability, a name in inputs or present that is no branch,
-            no input at all.
+        ValueError: no branches, an unknown fusion or probability, a name in inputs or present that is no
+            branch, no input at all.
         TypeError, RuntimeError: a branch without features or feature_size, or whose features have another
             shape; inputs or present of another batch size or dtype, by name.
     """

@@ -9,7 +9,7 @@ from cnnrnn_ext._checks_rnn import check_lengths
 from cnnrnn_ext.models._fusion import Fusion
 from cnnrnn_ext.models._masks import steps_within
 from cnnrnn_ext.models._readout import Readout, make_heads
-from cnnrnn_ext.models._recurrent import make_recurrent, run_recurrent, width_of
+from cnnrnn_ext.models._recurrent import make_recurrent, width_of
 from cnnrnn_ext.modules import ConvPool2d
 
 OUTPUTS = ("classes", "steps")
@@ -30,8 +30,8 @@ class ParallelCNNRNN(nn.Module):
         rnn: "lstm", "gru", "rnn" (tanh) or "rnn_relu".
         hidden_size, num_layers, bidirectional: of the RNN; hidden_size is also the size of the fused features
             for "gated" and "attention".
-        fusion: "concatenate": side by side. "gated": each feature a mixture of both branches' projections, with
-            gates that read both (Arevalo et al. 2017). "attention": one weight for each branch and step.
+        fusion: "concatenate": side by side. "gated": each feature a mixture of both branches' projections,
+            with gates that read both (Arevalo et al. 2017). "attention": one weight for each branch and step.
         output: "classes": one answer for a row. "steps": one for each step, for CTC.
         dropout: probability, between the layers of the RNN and before the heads.
         readout: for output="classes", what of the steps the heads read: "attention" (their sum, weighed by a
@@ -117,7 +117,7 @@ class ParallelCNNRNN(nn.Module):
         self._check(spectrogram, lengths)
         x, lengths = self._without_padding(spectrogram, lengths)
         reduced = None if lengths is None else lengths // self.time_reduction
-        output, _ = run_recurrent(self.rnn, self._stacked(x), reduced)
+        output, _ = self.rnn(self._stacked(x), lengths=reduced)
         return self.fusion([self._convolved(x, lengths), output]), reduced
 
     def _without_padding(self, x, lengths):
@@ -132,7 +132,7 @@ class ParallelCNNRNN(nn.Module):
         return x[:, :whole].unflatten(1, (-1, self.time_reduction)).flatten(2).transpose(0, 1)
 
     def _convolved(self, x, lengths):
-        """[N, T, F] -> [T', N, K*F']. Behind a row's end each block reads zeros, as it does of the row alone."""
+        """[N, T, F] -> [T', N, K*F']. Behind a row's end each block reads zeros, as for the row alone."""
         x = x.unsqueeze(1)
         for block in self.cnn:
             x = block(x)
@@ -149,7 +149,7 @@ class ParallelCNNRNN(nn.Module):
             or spectrogram.shape[1] < self.time_reduction
         ):
             raise RuntimeError(
-                f"spectrogram: expected [N, T, {self.frequencies}] with T >= {self.time_reduction}, got shape "
+                f"spectrogram: expected [N, T, {self.frequencies}], T >= {self.time_reduction}, got shape "
                 f"{shape_of(spectrogram)}"
             )
         if lengths is not None:

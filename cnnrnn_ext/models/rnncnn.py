@@ -7,7 +7,7 @@ from cnnrnn_ext._checks import check_tensor, integers, shape_of
 from cnnrnn_ext._checks_rnn import check_lengths
 from cnnrnn_ext.models._masks import check_tokens, lengths_of
 from cnnrnn_ext.models._readout import make_heads
-from cnnrnn_ext.models._recurrent import make_recurrent, run_recurrent, width_of
+from cnnrnn_ext.models._recurrent import make_recurrent, width_of
 from cnnrnn_ext.modules import ConvPool1d
 
 
@@ -33,7 +33,7 @@ class RNNCNN(nn.Module):
         channels: patterns of each width.
         widths: of the convolutions, in tokens.
         padding_id: the id of padding. Its embedding stays 0.
-        dropout: probability, of embedded tokens' features, between the layers of the RNN and before the heads.
+        dropout: probability, behind the embedding, between the layers of the RNN and before the heads.
         embedding: None, or pretrained vectors [vocabulary_size, E], copied; E then stands for embedding_size.
         freeze_embedding: whether the embedding gets no gradient.
 
@@ -96,7 +96,7 @@ class RNNCNN(nn.Module):
         if tokens.shape[1] == 0:
             return self.embedding.weight.new_zeros(tokens.shape[0], self.feature_size)
         x = self.dropout(self.embedding(tokens.t()))
-        y, _ = run_recurrent(self.rnn, x, lengths)
+        y, _ = self.rnn(x, lengths=lengths)
         y = y.permute(1, 2, 0)
         return torch.cat([convolution(y).amax(-1) for convolution in self.convolutions], 1)
 

@@ -7,7 +7,7 @@ from cnnrnn_ext._checks import integers
 from cnnrnn_ext._checks_rnn import check_lengths
 from cnnrnn_ext.models._beam import beam_search
 from cnnrnn_ext.models._masks import check_tokens, lengths_of, masked_softmax, steps_within
-from cnnrnn_ext.models._recurrent import join_directions, make_recurrent, run_recurrent, width_of
+from cnnrnn_ext.models._recurrent import join_directions, make_recurrent, width_of
 from cnnrnn_ext.models.rnncnn import make_embedding
 
 
@@ -47,8 +47,8 @@ class Seq2Seq(nn.Module):
         rnn: "lstm", "gru", "rnn" (tanh) or "rnn_relu", for both.
         num_layers: of both.
         bidirectional: the encoder. Its last states then begin the decoder's through a linear layer for each
-            state (h through tanh, as it lies between -1 and 1; c as it is); else they are the decoder's first.
-        dropout: probability, of embedded tokens' features, between the layers of an RNN and before the output.
+            state (h through tanh, as it lies between -1 and 1; c as it is); else they are its first ones.
+        dropout: probability, behind the embeddings, between the layers of an RNN and before the output.
         padding_id, begin_id, end_id: of both vocabularies.
 
     Shape:
@@ -122,14 +122,10 @@ class Seq2Seq(nn.Module):
             check_lengths(lengths, source.shape[1], source.shape[0])
             lengths = lengths.to(source.device)
         x = self.dropout(self.source_embedding(source.t()))
-        memory, states = run_recurrent(self.encoder, x, lengths)
+        memory, states = self.encoder(x, lengths=lengths)
         memory = memory.transpose(0, 1).contiguous()
-        return (
-            self._bridge(states),
-            self.attend.keys(memory),
-            memory,
-            steps_within(lengths, source.shape[1]).t(),
-        )
+        mask = steps_within(lengths, source.shape[1]).t()
+        return self._bridge(states), self.attend.keys(memory), memory, mask
 
     def _bridge(self, states):
         if not self.bridges:
@@ -153,7 +149,7 @@ class Seq2Seq(nn.Module):
             length_penalty: hypotheses are ranked by log-probability / length**length_penalty: 0 favours short
                 ones, 1 is the mean log-probability of a token.
 
-        Dropout is as the module's mode has it: call it in eval mode. Neither padding nor begin_id is generated.
+        Dropout is as the module's mode has it: call it in eval(). padding_id and begin_id are never chosen.
 
         Returns:
             ``Generated``: tokens [N, L] without begin_id, with end_id where it was reached, then padding_id;

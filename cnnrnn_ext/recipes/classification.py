@@ -84,7 +84,11 @@ class Classification(Recipe):
             drawing.confusion(paths[-1], results[f"confusion_{head}"], names, head)
         return paths
 
-    def chosen_classes(self, model, split):
-        """{head: class numbers [N]} that the model gives the rows of a split."""
-        parts = [self.logits(outputs) for outputs, _ in outputs_of(self, model, split)]
-        return {head: torch.cat([part[head] for part in parts]).argmax(1) for head in parts[0]}
+    def answers(self, model, split):
+        """({head: [N]}, {head: [N]}): the classes that the model chooses for the rows, and the true ones."""
+        chosen, truth = {}, {}
+        for outputs, batch in outputs_of(self, model, split):
+            for head, logits in self.logits(outputs).items():
+                chosen.setdefault(head, []).append(logits.argmax(1).cpu())
+                truth.setdefault(head, []).append(batch.targets[head].cpu())
+        return tuple({head: torch.cat(parts) for head, parts in found.items()} for found in (chosen, truth))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cnnrnn_ext.recipes import RECIPES, recipe_class
 from cnnrnn_ext.recipes.base import RecipeError
+from cnnrnn_ext.recipes.options import natural, positive, positive_number
 
 NEEDED = {  # module: package, for every recipe
     "lightning": "lightning",
@@ -48,27 +49,6 @@ def add_commands(commands, argv):
 
 
 # ---- options ----
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def natural(text):
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
-def positive_number(text):
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
 
 
 def _common(parser, recipe):

@@ -9,6 +9,9 @@ from cnnrnn_ext.recipes.base import Batch, Data, RecipeError
 from cnnrnn_ext.recipes.classification import Classification
 from cnnrnn_ext.recipes.data import clips, moving_digits
 from cnnrnn_ext.recipes.data.files import BadFiles
+from cnnrnn_ext.recipes.options import positive
+
+SHOWN = 12  # clips of predict --draw
 
 
 class Video(Classification):
@@ -31,9 +34,11 @@ class Video(Classification):
                             help="network of a frame (models.CNNRNN)")  # fmt: skip
         parser.add_argument("--rnn", choices=("lstm", "gru", "rnn", "rnn_relu"), default="lstm")
         parser.add_argument("--readout", choices=("last", "mean", "attention"), default="last")
-        parser.add_argument("--hidden-size", type=int, help="of the RNN (default 128)")
-        parser.add_argument("--frame-size", type=int, default=64, help="side of a frame of --data (default 64)")
-        parser.add_argument("--frames", type=int, default=16, help="of --data, at most, evenly spaced (16)")
+        parser.add_argument("--hidden-size", type=positive, help="of the RNN (default 128)")
+        parser.add_argument(
+            "--frame-size", type=positive, default=64, help="side of a frame of --data (default 64)"
+        )
+        parser.add_argument("--frames", type=positive, default=16, help="of --data, at most (16)")
         parser.add_argument("--gray", action="store_true", help="read --data without colours")
 
     @classmethod
@@ -86,3 +91,76 @@ class Video(Classification):
     def batch(self, split, rows, draws=None):
         frames, lengths, targets = split.clips(rows, draws)
         return Batch((frames, lengths), targets)
+
+    # ---- what the user sees ----
+
+    def draw(self, path, split, names, predictions, facts):
+        """A strip of frames for each clip, at most 12."""
+        from cnnrnn_ext.recipes import video_pictures as strips
+
+        rows = []
+        for row, (name, said) in enumerate(zip(names, predictions, strict=True)):
+            if len(rows) == SHOWN:
+                break
+            frames, _, _ = split.clips([row])
+            told = "\n".join(self.describe({head: found}) for head, found in said.items())
+            rows.append((strips.plain(frames[0], facts), f"{Path(name).name}\n{told}", None))
+        strips.clips(path, "What the model says", f"{len(rows)} of {len(names)} clips.", rows)
+
+    def pictures(self, folder, model, data, results):
+        from cnnrnn_ext.recipes import video_pictures as strips
+
+        paths = [*super().pictures(folder, model, data, results), folder / "examples.png"]
+        split, facts = data.splits["test"], data.facts
+        chosen, truth = self.answers(model, split)
+        right = torch.stack([chosen[head] == truth[head] for head in chosen]).all(0)
+        rows = []
+        for row in _examples(right):
+            frames, lengths, _ = split.clips([row])
+            said = ", ".join(facts["classes"][head][chosen[head][row]] for head in chosen)
+            true = ", ".join(facts["classes"][head][truth[head][row]] for head in chosen)
+            told = said if right[row] else f"{said}\ntruth: {true}"
+            rows.append((strips.plain(frames[0, : lengths[0]], facts), told, bool(right[row])))
+        title = f"{results['accuracy']:.1%} of the test clips are right"
+        strips.clips(paths[-1], title, "Clips of the test split, and what the model says of them.", rows)
+        return paths
+
+    def explain(self, path, model, batch, name, facts):
+        """Integrated gradients of each head's answer with respect to the pixels."""
+        from cnnrnn_ext import explain
+        from cnnrnn_ext.recipes import video_pictures as strips
+
+        frames, lengths = batch.inputs
+        said = self.predict(model, batch, facts)[0]
+        heat = {}
+        for head, found in said.items():
+            target = facts["classes"][head].index(found["class"])
+            values = explain.integrated_gradients(
+                _Head(self, model, head), frames, target, additional_forward_args=(lengths,)
+            )
+            heat[self.describe({head: found})] = values[0].sum(1)
+        told = f"{name}: {self.describe(said)}"
+        strips.explanation(
+            path, told, "Integrated gradients: red pixels spoke for the answer, blue ones against it.",
+            strips.plain(frames[0], facts), heat,
+        )  # fmt: skip
+        return told
+
+
+class _Head(torch.nn.Module):
+    """The logits of one head alone."""
+
+    def __init__(self, recipe, model, head):
+        super().__init__()
+        self.recipe, self.model, self.head = recipe, model, head
+
+    def forward(self, *inputs):
+        return self.recipe.logits(self.model(*inputs))[self.head]
+
+
+def _examples(right, count=8):
+    """Rows: wrong ones, at most two, after right ones from all over the split."""
+    wrong = (~right).nonzero().flatten().tolist()[:2]
+    good = right.nonzero().flatten().tolist()
+    step = max(1, len(good) // (count - len(wrong)))
+    return good[::step][: count - len(wrong)] + wrong

@@ -1,8 +1,8 @@
 """The embedded clips: real handwritten digits that move, among specks that move otherwise, in noise.
 
 A clip shows one of scikit-learn's 1797 scans for 8 to 16 frames. The digit lives on the torus of
-:mod:`digits`: where it slides out it comes back on the other side. Its start is uniform there, so at every frame
-its position is uniform whatever the motion: no single frame tells how the digit moves, only the frames
+:mod:`digits`: where it slides out it comes back on the other side. Its start is uniform there, so at every
+frame its position is uniform whatever the motion: no single frame tells how the digit moves, only the frames
 together do. Small specks as bright as the digit move in ways of their own; each pixel has noise.
 """
 
