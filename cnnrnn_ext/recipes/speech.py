@@ -18,8 +18,7 @@ from cnnrnn_ext.recipes.draws import Draws, order
 
 TRAINING_NOISE = (5.0, 60.0)  # dB, signal over noise: from a loud street to nothing audible
 EVALUATION = 1 << 20  # the "epoch" of the noise that evaluation adds: one that no training reaches
-FEW = {"train": 192, "validation": 32, "test": 32}  # recordings of --quick
-TABLES = (".tsv", ".txt", ".csv")
+TABLES = (".tsv", ".txt")
 EXAMPLES = 9  # in a picture
 DOUBTFUL = 0.9  # a unit of lower probability is told with it
 
@@ -39,7 +38,6 @@ class Speech(Recipe):
     needs = {"scipy": "scipy", "soundfile": "soundfile"}  # noqa: RUF012
     epochs = 10
     rate = 3e-3
-    recordings: dict[str, int] = {}  # noqa: RUF012
 
     def __new__(cls, settings):
         settings.task = task_of(settings)  # for good: later commands may name other data
@@ -55,19 +53,6 @@ class Speech(Recipe):
             help="single words, or several in a row (default: words; strings if --data is a table)",
         )
         parser.add_argument(
-            "--synthesiser",
-            choices=("auto", "espeak", "builtin"),
-            default="auto",
-            help="who says the embedded set: espeak-ng, or a much poorer generator that is always "
-            "there (default auto: espeak-ng if it is installed)",
-        )
-        parser.add_argument(
-            "--cache",
-            default="out/cache",
-            metavar="FOLDER",
-            help="where the synthesised recordings are kept (default out/cache)",
-        )
-        parser.add_argument(
             "--speaker",
             metavar="REGEX",
             help="its first group, found in a file's name, is the speaker; nobody is then in two "
@@ -81,6 +66,7 @@ class Speech(Recipe):
         )
         parser.add_argument("--fusion", choices=FUSIONS, default="concatenate",
                             help="how the features of CNN and RNN are joined")  # fmt: skip
+        speech.add_arguments(parser)
 
     @classmethod
     def add_inputs(cls, parser):
@@ -91,34 +77,22 @@ class Speech(Recipe):
     def load(self, facts=None):
         bad = BadFiles(self.settings.bad_files)
         if self.settings.data is None:
-            parts, source = self.embedded()
+            parts, source = speech.embedded(self.settings, self.settings.task)
             voices = {name: len(set(part.voices)) for name, part in parts.items()}
             report = {"source": f"spoken digits, {source}", "voices": voices}
-            facts = self.facts_of([words for part in parts.values() for words in part.words], source)
+            said = [words for part in parts.values() for words in part.words]
+            facts = facts or self.facts_of(said, source)
         else:
             found = self.own(bad)
             facts = facts or self.facts_of(found.words, "recordings")
             found = self.usable(found, facts, bad)
-            report = {"source": self.settings.data, "recordings": len(found), "bad_files": bad.settle()}
+            report = {"source": self.settings.data, "recordings": len(found), "skipped": bad.settle()}
             parts = self.split(found)
         splits = {
             name: dataclasses.replace(part, labels=[self.labels(words, facts) for words in part.words])
             for name, part in parts.items()
         }
         return Data(splits, facts, report)
-
-    def embedded(self):
-        """({split: Recordings} of synthetic speech, how it was made)."""
-        settings, strings = self.settings, isinstance(self, Strings)
-        try:
-            speaker = speech.engine(settings.synthesiser)
-        except speech.EspeakUnavailable as error:
-            raise RecipeError(f"--synthesiser {settings.synthesiser}: {error}") from error
-        source = f"synthetic, by {speaker.name}"
-        if settings.quick:
-            return speech.synthesise(speaker, FEW, strings, settings.seed), source
-        path = Path(settings.cache, f"speech-{settings.task}-{settings.seed}.npz")
-        return speech.cached(path, speaker, self.recordings, strings, settings.seed), source
 
     def own(self, bad):
         """The Recordings at settings.data; ``bad`` collects what cannot be used."""
@@ -239,8 +213,8 @@ class Speech(Recipe):
             (said,) = self.predict(model, batch, facts)
         relevance = integrated_gradients(Answer(self, model, said, facts), (features, lengths), None)
         note = (
-            "Integrated gradients (Sundararajan et al. 2017) from the mean spectrogram to this one: red points speak "
-            f"for the answer, blue ones against it. Speech: {facts['source']}."
+            "Integrated gradients (Sundararajan et al. 2017) from the mean spectrogram to this one: red "
+            f"points speak for the answer, blue ones against it. Speech: {facts['source']}."
         )
         told = self.describe(said)
         drawing_speech.explanation(
@@ -264,8 +238,6 @@ class Answer(torch.nn.Module):
 
 class Words(Speech, Classification):
     """One word a recording: classes."""
-
-    recordings = {"train": 3000, "validation": 400, "test": 800}  # noqa: RUF012
 
     def facts_of(self, words, source):
         known = sorted({said for (said,) in words}, key=_digits_in_order)
@@ -305,7 +277,6 @@ class Strings(Speech):
     ``word_accuracy`` = 1 - wer, ``whole_strings`` (recordings without an error).
     """
 
-    recordings = {"train": 2400, "validation": 240, "test": 480}  # noqa: RUF012
     score = "word_accuracy"
     time_pools = 2  # so a step of the answer is 4 frames, 40 ms
 

@@ -99,7 +99,7 @@ class Translation(Recipe):
                 raise RecipeError(f"{path}: {error.strerror}") from error
             if facts:
                 pairs = self._known(pairs, facts, bad)
-            report |= {"source": settings.data, "bad_files": bad.settle()}
+            report |= {"source": settings.data, "skipped": bad.settle()}
             if not len(pairs):
                 raise RecipeError(f"{path}: no pairs that can be used")
         splits = translation.split_pairs(pairs, settings.seed)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from cnnrnn_ext import _files
+from cnnrnn_ext.recipes.base import RecipeError
 from cnnrnn_ext.recipes.data.espeak import EspeakUnavailable, espeak
 from cnnrnn_ext.recipes.data.files import split_rows
 from cnnrnn_ext.recipes.data.formants import Formants
@@ -28,6 +29,11 @@ NOISE = (10.0, 30.0)  # dB, signal over noise in validation and test of the synt
 STRING = (2, 5)  # digits in a string, at least and at most
 SHORTEST, LONGEST = 0.025, 60.0  # seconds of a recording: one window of the spectrogram; what memory bears
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+COUNTS = {  # recordings of the embedded sets
+    "words": {"train": 3000, "validation": 400, "test": 800},
+    "strings": {"train": 2400, "validation": 240, "test": 480},
+}
+FEW = {"train": 192, "validation": 32, "test": 32}  # of --quick
 FORMAT = 1  # of the cached file; goes up when what is synthesised changes
 
 
@@ -147,6 +153,36 @@ def _unpack(arrays, split):
     waves = np.split(arrays[f"{split}/samples"], ends[:-1])
     words = [tuple(words.split()) for words in arrays[f"{split}/words"].tolist()]
     return _synthetic(split, waves, words, arrays[f"{split}/voices"].tolist())
+
+
+def embedded(settings, task):
+    """({split: Recordings} of synthetic speech, how it was made); task: "words" or "strings".
+
+    settings: has what :func:`add_arguments` adds, ``seed`` and ``quick``. Raises RecipeError without
+    espeak-ng if that was asked for.
+    """
+    try:
+        speaker = engine(settings.synthesiser)
+    except EspeakUnavailable as error:
+        raise RecipeError(f"--synthesiser {settings.synthesiser}: {error}") from error
+    source, strings = f"synthetic, by {speaker.name}", task == "strings"
+    if settings.quick:
+        return synthesise(speaker, FEW, strings, settings.seed), source
+    path = Path(settings.cache, f"speech-{task}-{settings.seed}.npz")
+    return cached(path, speaker, COUNTS[task], strings, settings.seed), source
+
+
+def add_arguments(parser):
+    """Options of ``train`` that say how the embedded recordings are made and kept."""
+    parser.add_argument(
+        "--synthesiser",
+        choices=("auto", "espeak", "builtin"),
+        default="auto",
+        help="who says the embedded set: espeak-ng, or a much poorer generator that is "
+        "always there (default auto: espeak-ng if it is installed)",
+    )
+    parser.add_argument("--cache", default="out/cache", metavar="FOLDER",
+                        help="where the synthesised recordings are kept (default out/cache)")  # fmt: skip
 
 
 # ---- the user's own recordings ----
