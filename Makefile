@@ -2,12 +2,14 @@
 #
 #   PYTHON=python3.12            which Python makes .venv
 #   TORCH=torch==2.11.0          which torch goes into it: any pip requirement, or the path of a wheel
-#   ARGS="-k lstm"               arguments for the command behind demo, test and bench
+#   ARGS="-k lstm"               arguments for the command behind demo, train, test and bench
+#   RECIPE=text                  what `make train` trains
 #   CXX, MAX_JOBS, CNNRNN_*, …   reach the build (setup.py lists them)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+RECIPE ?= video
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,13 +30,16 @@ BUILD_INPUTS := $(METADATA) cnnrnn_ext/operators.schema $(shell find csrc cuda -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format cuda abi-check clean clean-all
+.PHONY: help demo train test bench lint format cuda abi-check clean clean-all
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## train a CNN→LSTM on moving digits; pictures and metrics in out/demo
 	$(BIN)/python -m cnnrnn_ext demo $(ARGS)
+
+train: $(INSTALLED) ## train a recipe, RECIPE=video by default; figures and pictures in out/<recipe>
+	$(BIN)/python -m cnnrnn_ext train $(RECIPE) $(ARGS)
 
 test: $(INSTALLED) ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

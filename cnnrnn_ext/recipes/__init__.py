@@ -8,15 +8,23 @@ import importlib
 
 # name: (module, class, one line for --help). A recipe's module is imported when the recipe is asked for.
 RECIPES = {
-    "video": ("video", "Video", "moving handwritten digits, or your clips: CNN → RNN"),
-    "text": ("text", "Text", "the language of a name, or your labelled texts: RNN → CNN"),
-    "speech": ("speech", "Speech", "spoken digits, or your recordings: CNN ∥ RNN"),
-    "translation": ("translation", "Translation", "names into other languages: RNN → RNN with attention"),
-    "multimodal": ("multimodal", "Multimodal", "a digit seen and heard, either may be missing"),
+    "video": ("cnnrnn_ext.recipes.video", "Video", "moving handwritten digits, or your clips: CNN → RNN"),
+    "text": ("cnnrnn_ext.recipes.text", "Text", "the language of a name, or your labelled texts: RNN → CNN"),
+    "speech": ("cnnrnn_ext.recipes.speech", "Speech", "spoken digits, or your recordings: CNN ∥ RNN"),
+    "translation": (
+        "cnnrnn_ext.recipes.translation",
+        "Translation",
+        "names into other languages: RNN → RNN with attention",
+    ),
+    "multimodal": (
+        "cnnrnn_ext.recipes.multimodal",
+        "Multimodal",
+        "a digit seen and heard, either may be missing",
+    ),
 }
 
 
 def recipe_class(name):
     """The :class:`base.Recipe` of this name."""
     module, attribute, _ = RECIPES[name]
-    return getattr(importlib.import_module(f"cnnrnn_ext.recipes.{module}"), attribute)
+    return getattr(importlib.import_module(module), attribute)

@@ -44,8 +44,8 @@ class BadFiles:
 def split_rows(labels, seed, shares=SPLITS):
     """{split: sorted rows}: the same share of every label in each split, drawn from ``seed``.
 
-    labels: one hashable value a row. A label of few rows gives the first split of ``shares`` at least one
-    row, then the last, then the others.
+    labels: one hashable value a row. Of a label with few rows the last split of ``shares`` gets one at least,
+    then the one before it; the first has the rest, at least one.
     """
     rows_of = defaultdict(list)
     for row, label in enumerate(labels):
@@ -54,11 +54,11 @@ def split_rows(labels, seed, shares=SPLITS):
     names = list(shares)
     for number, rows in enumerate(rows_of.values()):
         rows = [rows[i] for i in order(len(rows), seed, number)]
-        counts = {name: int(share * len(rows)) for name, share in shares.items()}
-        for name in (names[0], names[-1], *names[1:-1]):
-            if not counts[name] and sum(counts.values()) < len(rows):
-                counts[name] = 1
-        counts[names[0]] += len(rows) - sum(counts.values())
+        counts = {}
+        for name in reversed(names[1:]):  # the first split has the rest: at least a row, like each of them
+            left = len(rows) - sum(counts.values()) - 1
+            counts[name] = min(left, max(1, int(shares[name] * len(rows))))
+        counts[names[0]] = len(rows) - sum(counts.values())
         start = 0
         for name in names:
             parts[name] += rows[start : start + counts[name]]

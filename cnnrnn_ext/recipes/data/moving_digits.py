@@ -8,7 +8,6 @@ together do. Small specks as bright as the digit move in ways of their own; each
 
 import functools
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +15,11 @@ import torch
 from cnnrnn_ext.recipes.data import digits
 from cnnrnn_ext.recipes.draws import Draws
 
-MOTIONS = (*digits.DIRECTIONS, "clockwise", "anticlockwise")
+MOTIONS = (*digits.DIRECTIONS, "swinging", "bobbing")  # the last two: left and right, up and down
 CLASSES = {"digit": [str(digit) for digit in range(10)], "motion": list(MOTIONS)}
 SHORTEST, LONGEST = 8, 16  # frames
-TURN = 2 * math.pi / 12  # by which a circling digit's direction turns per frame
-CIRCLING_SPEED = 4.0  # half pixels per frame
+PERIOD = 8  # frames, of which a swinging digit goes one way in half: in every clip it turns
+SWING = 3  # half pixels per frame, of a swinging or bobbing digit
 SPECKS, SPECK = 2, 2  # how many, and their side in pixels
 NOISE = 0.08  # standard deviation of a pixel's noise
 EVALUATION = 1 << 32  # the epoch that evaluation's samples draw their numbers for: no training reaches it
@@ -76,19 +75,14 @@ def load(seed, quick=False):
 
 def _path(motion, draws):
     """Positions [N, LONGEST, 2] (y, x) in half pixels, of digits that begin anywhere on the torus."""
-    count = len(motion)
     start = draws.integers(digits.POSITIONS, 1, 2)
     speed = torch.tensor(digits.SPEEDS)[draws.integers(len(digits.SPEEDS))]
     straight = (speed[:, None] * digits.STEPS[motion % len(digits.STEPS)])[:, None]
-    angle = 2 * math.pi * draws.uniform(1) + _side(motion) * TURN * torch.arange(LONGEST)
-    circling = CIRCLING_SPEED * torch.stack([angle.sin(), angle.cos()], 2)
-    step = torch.where((motion < len(digits.STEPS)).view(count, 1, 1), straight.float(), circling)
-    return start + step.cumsum(1).round().long()
-
-
-def _side(motion):
-    """[N, 1]: +1 for a clockwise turn (y points down), -1 for the other."""
-    return torch.where(motion == MOTIONS.index("clockwise"), 1.0, -1.0)[:, None]
+    there = (draws.integers(PERIOD, 1) + torch.arange(LONGEST)) % PERIOD < PERIOD // 2  # [N, LONGEST]
+    axis = torch.tensor([[0, 1], [1, 0]])[(motion == MOTIONS.index("bobbing")).long()]  # [N, 2]
+    swinging = SWING * torch.where(there, 1, -1)[..., None] * axis[:, None]
+    step = torch.where((motion < len(digits.STEPS))[:, None, None], straight, swinging)
+    return start + step.cumsum(1)
 
 
 def _torus(position, size):
