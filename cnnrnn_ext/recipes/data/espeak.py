@@ -63,6 +63,9 @@ class Espeak:
         )
         if self.sample_rate <= 0:
             raise EspeakUnavailable(f"{path}: espeak_Initialize returned {self.sample_rate}")
+        self._library, self._parts = library, []
+        self._callback = _CALLBACK(self._receive)  # kept: the library calls it as long as it lives
+        library.espeak_SetSynthCallback(self._callback)
         library.espeak_Info.restype = ctypes.c_char_p
         folder = ctypes.c_char_p()
         self.name = f"espeak-ng {library.espeak_Info(ctypes.byref(folder)).decode()}"
@@ -71,10 +74,13 @@ class Espeak:
         self.voices = {split: tuple(v for v in names if v in there) for split, names in SPEAKERS.items()}
         if not all(self.voices.values()):
             raise EspeakUnavailable(f"{folder.value.decode()}: its voices are missing")
-        self._library = library
-        self._parts = []
-        self._callback = _CALLBACK(self._receive)  # kept: the library calls it as long as it lives
-        library.espeak_SetSynthCallback(self._callback)
+
+    def begin(self, seed):
+        """Seeds the library's own random numbers: the first calls of :meth:`say` in a process then always
+        give the same samples. Later ones differ a little, as oscillators and echoes go on from utterance to
+        utterance; before espeak-ng 1.52, which takes no seed, all do."""
+        if hasattr(self._library, "espeak_ng_SetRandSeed"):
+            self._library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
 
     def _receive(self, samples, count, events):
         if samples and count > 0:

@@ -55,6 +55,9 @@ class Formants:
         names = tuple(f"speaker{i}" for i in range(80))
         self.voices = {"train": names[:56], "validation": names[56:64], "test": names[64:]}
 
+    def begin(self, seed):
+        """Nothing to do here: no utterance depends on another."""
+
     def say(self, words, voice, random):
         """The sound of ``words`` (digits, in English) in ``voice``: float32 [samples] in -1 … 1.
 

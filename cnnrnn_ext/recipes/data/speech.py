@@ -102,6 +102,7 @@ def synthesise(speaker, counts, strings, seed):
     voices of a split take turns.
     """
     parts = {}
+    speaker.begin(seed)
     for number, (split, count) in enumerate(counts.items()):
         random = np.random.default_rng((seed, number, strings))
         voices = speaker.voices[split]
