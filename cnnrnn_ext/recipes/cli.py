@@ -153,7 +153,8 @@ def _guarded(run, arguments):
     except RecipeError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
+        what = "The same command goes on after the last whole epoch." if arguments.command == "train" else ""
+        print(f"\nStopped. {what}".rstrip(), file=sys.stderr)
         return STOPPED
 
 

@@ -236,7 +236,8 @@ class Bar(Callback):
         if trainer.is_global_zero:
             self.bar = tqdm(
                 total=self.epochs * trainer.num_training_batches, initial=trainer.global_step, unit="step",
-                desc="training", file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True,
+                desc="training", file=sys.stderr, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 10.0,
             )  # fmt: skip
 
     def on_train_batch_end(self, trainer, learner, outputs, batch, batch_idx):

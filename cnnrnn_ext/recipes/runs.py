@@ -59,7 +59,7 @@ def _to_resume(recipe, folder, wanted):
             f"{path}: belongs to a run with another {', '.join(changed)}; give the same options again, or "
             "--fresh to replace it, or --output to write elsewhere"
         )
-    return content
+    return checkpoints.restore(path, recipe.name)[3]  # whether its weights fit is told here, not by Lightning
 
 
 def _announce(recipe, data, model, size, before):

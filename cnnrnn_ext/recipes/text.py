@@ -13,7 +13,6 @@ from cnnrnn_ext.recipes.data.files import BadFiles
 from cnnrnn_ext.recipes.options import positive
 
 CONFUSED = 0.1  # probability that a training token is replaced by "unknown"
-SHOWN = 8  # labels of an explanation, at most
 
 
 class Texts:
@@ -36,7 +35,7 @@ class Text(Classification):
 
     name = "text"
     needs = {"babel": "Babel"}  # noqa: RUF012 - a constant, as in base
-    epochs = 20
+    epochs = 16
     batch_size = 64
     rate = 3e-3
     quick = {"epochs": 2, "hidden_size": 16, "channels": 16}  # noqa: RUF012
@@ -144,3 +143,22 @@ class Text(Classification):
         train, test = data.splits["train"], data.splits["test"]
         baseline.fit(train.texts, train.labels.numpy())
         return {"baseline": {"accuracy": baseline.score(test.texts, test.labels.numpy())}}
+
+    def explain(self, path, model, batch, name, facts):
+        """Integrated gradients of the likeliest label and of its rival, of each token."""
+        from cnnrnn_ext import explain
+        from cnnrnn_ext.recipes import text_pictures
+
+        ids, lengths = batch.inputs
+        said = self.predict(model, batch, facts)[0]
+        labels = facts["classes"]["label"]
+        shown = self._encoder(facts).shown(ids[0, : lengths[0]].tolist())
+        heat = {}
+        for label, probability in list(said["label"]["probabilities"].items())[:2]:
+            values = explain.integrated_gradients(
+                model, ids, labels.index(label), additional_forward_args=(lengths,), head="label"
+            )
+            heat[f"{label} {probability:.1%}"] = values[0].tolist()
+        told = f"{name}: {self.describe(said)}"
+        text_pictures.explanation(path, told, shown, heat)
+        return told

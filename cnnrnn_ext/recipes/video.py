@@ -23,7 +23,7 @@ class Video(Classification):
 
     name = "video"
     needs = {"av": "av"}  # noqa: RUF012 - a constant, as in base
-    epochs = 20
+    epochs = 30
     batch_size = 32
     rate = 2e-3
     quick = {"epochs": 2, "hidden_size": 32}  # noqa: RUF012
@@ -136,7 +136,7 @@ class Video(Classification):
         for head, found in said.items():
             target = facts["classes"][head].index(found["class"])
             values = explain.integrated_gradients(
-                _Head(self, model, head), frames, target, additional_forward_args=(lengths,)
+                model, frames, target, additional_forward_args=(lengths,), head=head, internal_batch_size=16
             )
             heat[self.describe({head: found})] = values[0].sum(1)
         told = f"{name}: {self.describe(said)}"
@@ -145,17 +145,6 @@ class Video(Classification):
             strips.plain(frames[0], facts), heat,
         )  # fmt: skip
         return told
-
-
-class _Head(torch.nn.Module):
-    """The logits of one head alone."""
-
-    def __init__(self, recipe, model, head):
-        super().__init__()
-        self.recipe, self.model, self.head = recipe, model, head
-
-    def forward(self, *inputs):
-        return self.recipe.logits(self.model(*inputs))[self.head]
 
 
 def _examples(right, count=8):

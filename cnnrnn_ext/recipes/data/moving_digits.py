@@ -1,6 +1,6 @@
 """The embedded clips: real handwritten digits that move, among specks that move otherwise, in noise.
 
-A clip shows one of scikit-learn's 1797 scans for 8 to 16 frames. The digit lives on the torus of
+A clip shows one of scikit-learn's 1797 scans for 10 to 16 frames. The digit lives on the torus of
 :mod:`digits`: where it slides out it comes back on the other side. Its start is uniform there, so at every
 frame its position is uniform whatever the motion: no single frame tells how the digit moves, only the frames
 together do. Small specks as bright as the digit move in ways of their own; each pixel has noise.
@@ -17,7 +17,7 @@ from cnnrnn_ext.recipes.draws import Draws
 
 MOTIONS = (*digits.DIRECTIONS, "swinging", "bobbing")  # the last two: left and right, up and down
 CLASSES = {"digit": [str(digit) for digit in range(10)], "motion": list(MOTIONS)}
-SHORTEST, LONGEST = 8, 16  # frames
+SHORTEST, LONGEST = 10, 16  # frames
 PERIOD = 8  # frames, of which a swinging digit goes one way in half: in every clip it turns
 SWING = 3  # half pixels per frame, of a swinging or bobbing digit
 SPECKS, SPECK = 2, 2  # how many, and their side in pixels

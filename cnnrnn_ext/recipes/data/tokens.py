@@ -37,9 +37,10 @@ class Encoder:
         found = pieces(text, self.kind)[: self.longest]
         return [BEGIN, *(self.ids.get(piece, UNKNOWN) for piece in found), END]
 
-    def shown(self, text):
-        """What stands for each id in a picture."""
-        return [SPECIAL[BEGIN], *pieces(text, self.kind)[: self.longest], SPECIAL[END]]
+    def shown(self, ids):
+        """What stands for each of some ids in a picture."""
+        names = [*SPECIAL, *self.ids]
+        return [names[number] for number in ids]
 
 
 def padded(rows):
