@@ -47,8 +47,9 @@ def beam_search(step, state, rows, device, *, begin_id, end_id, padding_id, max_
         # One more column, for a finished hypothesis to stay as it is.
         staying = scores.masked_fill(~finished, -torch.inf)
         candidates = torch.cat((going, staying[..., None]), -1)
-        ends = torch.cat((torch.full_like(going, position + 1), lengths[..., None].double()), -1)
-        ranks = candidates / ends.clamp(min=1) ** penalty
+        ranks = torch.cat(
+            (going / (position + 1.0) ** penalty, _ranks(staying, lengths, penalty)[..., None]), -1
+        )
         best = ranks.flatten(1).topk(min(beam_size, ranks[0].numel() if rows else 1), 1).indices
         parents, choice = best // (vocabulary + 1), best % (vocabulary + 1)
         stays = choice == vocabulary
@@ -62,7 +63,11 @@ def beam_search(step, state, rows, device, *, begin_id, end_id, padding_id, max_
         if attention.shape[1] > 1 or parents.shape[1] > 1:
             flat = (torch.arange(rows, device=device)[:, None] * attention.shape[1] + parents).flatten()
             state = tuple(part.index_select(-2, flat) for part in state)
-    return _best(history, scores / lengths.clamp(min=1) ** penalty, lengths, padding_id)
+    return _best(history, _ranks(scores, lengths, penalty), lengths, padding_id)
+
+
+def _ranks(scores, lengths, penalty):
+    return scores / lengths.double().clamp(min=1) ** penalty
 
 
 def _settled(scores, lengths, finished, max_length, penalty):
@@ -70,10 +75,9 @@ def _settled(scores, lengths, finished, max_length, penalty):
 
     A log-probability only falls; what it is divided by grows with the length (or falls, for a penalty < 0).
     """
-    normal = scores / lengths.clamp(min=1) ** penalty
-    most = torch.maximum(scores / max_length**penalty, normal)
-    alive = most.masked_fill(finished, -torch.inf).amax(1)
-    return normal.masked_fill(~finished, -torch.inf).amax(1) >= alive
+    ranks = _ranks(scores, lengths, penalty)
+    most = torch.maximum(scores / max_length**penalty, ranks).masked_fill(finished, -torch.inf)
+    return ranks.masked_fill(~finished, -torch.inf).amax(1) >= most.amax(1)
 
 
 def _best(history, ranks, lengths, padding_id):

@@ -58,7 +58,7 @@ class CNNRNN(nn.Module):
 
     With lengths, only the frames before the rows' ends pass through the CNN. A graph (torch.compile,
     torch.export) has no such numbers: there all frames do, which changes no result but BatchNorm's statistics
-    in training, so that is refused.
+    in training, so that is refused (torch.compile without ``fullgraph`` runs that part without a graph).
 
     Attributes: ``feature_size``, of ``features``.
 
@@ -126,13 +126,20 @@ class CNNRNN(nn.Module):
         rows, steps = clips.shape[:2]
         mask = None if lengths is None else steps_within(lengths.to(clips.device), steps)
         if mask is None or torch.compiler.is_compiling():
+            if mask is not None and self._keeps_statistics():
+                raise RuntimeError(
+                    "lengths: in a graph, padding would enter BatchNorm's statistics in training"
+                )
             x = self.cnn(clips.transpose(0, 1).flatten(0, 1)).flatten(1).unflatten(0, (steps, rows))
             return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
         step, row = mask.nonzero(as_tuple=True)
         x = self.cnn(clips.flatten(0, 1).index_select(0, row * steps + step)).flatten(1)
-        # (index_copy knows no autocast: what it copies into has the dtype of what the CNN made)
         padded = x.new_zeros(steps * rows, x.shape[1]).index_copy(0, step * rows + row, x)
         return padded.unflatten(0, (steps, rows))
+
+    def _keeps_statistics(self):
+        norms = (m for m in self.cnn.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        return any(norm.training for norm in norms)
 
     def _check(self, clips, lengths):
         check_tensor("clips", clips)
@@ -142,11 +149,5 @@ class CNNRNN(nn.Module):
         ):
             c, h, w = (size or name for size, name in zip(self.frame_shape, "CHW", strict=True))
             raise RuntimeError(f"clips: expected [N, T, {c}, {h}, {w}], got shape {shape_of(clips)}")
-        if lengths is None:
-            return
-        check_lengths(lengths, clips.shape[1], clips.shape[0])
-        if torch.compiler.is_compiling() and any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-            for module in self.cnn.modules()
-        ):
-            raise RuntimeError("lengths: in a graph, padding would enter BatchNorm's statistics in training")
+        if lengths is not None:
+            check_lengths(lengths, clips.shape[1], clips.shape[0])

@@ -79,7 +79,7 @@ class ParallelCNNRNN(nn.Module):
             raise ValueError(f"time_pools: expected at most one a block, {len(channels)}, got {time_pools}")
         if frequencies >> len(channels) < 1:
             raise ValueError(f"frequencies: {frequencies} are too few for {len(channels)} pools of 2")
-        self.frequencies, self.output = frequencies, output
+        self.frequencies, self.output, self.time_pools = frequencies, output, time_pools
         self.time_reduction = 2**time_pools
         self.cnn = nn.ModuleList(
             ConvPool2d(c_in, c_out, 3, padding=1, pool_size=(2 if block < time_pools else 1, 2))
@@ -100,7 +100,7 @@ class ParallelCNNRNN(nn.Module):
         if self.output == "classes":
             return logits
         if lengths is None:
-            lengths = spectrogram.new_full((len(spectrogram),), spectrogram.shape[1]).long()
+            lengths = spectrogram.new_full((spectrogram.shape[0],), spectrogram.shape[1]).long()
         return logits, lengths // self.time_reduction
 
     def features(self, spectrogram, lengths=None):
@@ -134,10 +134,10 @@ class ParallelCNNRNN(nn.Module):
     def _convolved(self, x, lengths):
         """[N, T, F] -> [T', N, K*F']. Behind a row's end each block reads zeros, as for the row alone."""
         x = x.unsqueeze(1)
-        for block in self.cnn:
+        for index, block in enumerate(self.cnn):
             x = block(x)
             if lengths is not None:
-                lengths = lengths // block.pool_size[0]
+                lengths = lengths // 2 if index < self.time_pools else lengths
                 x = x.masked_fill(~steps_within(lengths, x.shape[2]).t()[:, None, :, None], 0.0)
         return x.permute(2, 0, 1, 3).flatten(2)
 
@@ -153,4 +153,4 @@ class ParallelCNNRNN(nn.Module):
                 f"{shape_of(spectrogram)}"
             )
         if lengths is not None:
-            check_lengths(lengths, spectrogram.shape[1], len(spectrogram))
+            check_lengths(lengths, spectrogram.shape[1], spectrogram.shape[0])

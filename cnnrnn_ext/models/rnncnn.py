@@ -95,7 +95,7 @@ class RNNCNN(nn.Module):
             check_lengths(lengths, tokens.shape[1], tokens.shape[0])
         if tokens.shape[1] == 0:
             return self.embedding.weight.new_zeros(tokens.shape[0], self.feature_size)
-        x = self.dropout(self.embedding(tokens.t()))
+        x = self.dropout(self.embedding(tokens)).transpose(0, 1)
         y, _ = self.rnn(x, lengths=lengths)
         y = y.permute(1, 2, 0)
         return torch.cat([convolution(y).amax(-1) for convolution in self.convolutions], 1)

@@ -110,7 +110,7 @@ class Seq2Seq(nn.Module):
     def _teach(self, source, target, source_lengths):
         check_tokens("target", target, self.target_embedding.num_embeddings)
         states, *memory = self._encode(source, source_lengths)
-        hidden, _ = self.decoder(self.dropout(self.target_embedding(target.t())), states)
+        hidden, _ = self.decoder(self.dropout(self.target_embedding(target)).transpose(0, 1), states)
         return self.attend(hidden.transpose(0, 1), *memory)
 
     def _encode(self, source, lengths):
@@ -121,7 +121,7 @@ class Seq2Seq(nn.Module):
         else:
             check_lengths(lengths, source.shape[1], source.shape[0])
             lengths = lengths.to(source.device)
-        x = self.dropout(self.source_embedding(source.t()))
+        x = self.dropout(self.source_embedding(source)).transpose(0, 1)
         memory, states = self.encoder(x, lengths=lengths)
         memory = memory.transpose(0, 1).contiguous()
         mask = steps_within(lengths, source.shape[1]).t()
@@ -167,7 +167,7 @@ class Seq2Seq(nn.Module):
             x = self.dropout(self.target_embedding(tokens.flatten()[None]))
             hidden, new = self.decoder(x, state if pair else state[0])
             # The hypotheses of a row are queries to one memory, as the steps of a target are in training.
-            hidden, weights = self.attend(hidden.view(*tokens.shape, -1), keys, memory, mask)
+            hidden, weights = self.attend(hidden.view(*tokens.shape, hidden.shape[-1]), keys, memory, mask)
             log_probabilities = self.output(self.dropout(hidden)).log_softmax(-1)
             log_probabilities[..., [self.padding_id, self.begin_id]] = -torch.inf
             return log_probabilities, weights, new if pair else (new,)
