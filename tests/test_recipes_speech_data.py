@@ -1,4 +1,4 @@
-"""The speech recipe's data: spectrograms against formulas, noise, synthetic voices, the user's own recordings."""
+"""The speech recipe's data: spectrograms against formulas, noise, synthetic voices, own recordings."""
 
 import math
 

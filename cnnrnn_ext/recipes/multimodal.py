@@ -42,9 +42,9 @@ class Multimodal(Classification):
 
     @classmethod
     def add_inputs(cls, parser):
-        parser.add_argument("--video", nargs="+", type=Path, metavar="CLIP", help="videos, folders of frames")
+        parser.add_argument("--video", nargs="+", type=Path, metavar="CLIP", help="videos, frames")
         parser.add_argument("--audio", nargs="+", type=Path, metavar="SOUND",
-                            help="recordings; with --video: of the same digits in the same order")  # fmt: skip
+                            help="recordings; with --video: of the same digits in that order")  # fmt: skip
 
     # ---- data and model ----
 
@@ -168,7 +168,7 @@ class Multimodal(Classification):
         for modality, (values, lengths) in inputs.items():
             if bool(present[modality]):
                 answer = OneInput(model, modality, inputs, present)
-                relevance = integrated_gradients(answer, values, target)
+                relevance = integrated_gradients(answer, values, target, internal_batch_size=10)
                 shown[modality] = (values[0, : lengths[0]], relevance[0, : lengths[0]])
         told = self.describe(said)
         shares = ", ".join(f"{modality} {share:.0%}" for modality, share in shares.items())

@@ -132,7 +132,7 @@ class Speech(Recipe):
             return speech.split_voices(
                 found, self.settings.seed, self.settings.speaker, isinstance(self, Words)
             )
-        except (re.error, IndexError) as error:
+        except (re.error, ValueError) as error:
             raise RecipeError(f"--speaker: expected a regular expression with a group: {error}") from error
 
     def read(self, arguments, facts):
@@ -211,7 +211,10 @@ class Speech(Recipe):
         features, lengths = batch.inputs
         with torch.no_grad():
             (said,) = self.predict(model, batch, facts)
-        relevance = integrated_gradients(Answer(self, model, said, facts), (features, lengths), None)
+        answer = Answer(model, self.places(said, facts))
+        relevance = integrated_gradients(
+            answer, features, 0, additional_forward_args=(lengths,), internal_batch_size=10
+        )
         note = (
             "Integrated gradients (Sundararajan et al. 2017) from the mean spectrogram to this one: red "
             f"points speak for the answer, blue ones against it. Speech: {facts['source']}."
@@ -224,11 +227,14 @@ class Speech(Recipe):
 
 
 class Answer(torch.nn.Module):
-    """What a model gives to one prediction, as [N, 1]: the number that an explanation explains."""
+    """The sum of a model's logits at some places, as [N, 1]: the number that an explanation explains.
 
-    def __init__(self, recipe, model, prediction, facts):
+    places: [(step, class)]; for a model of one answer a row the step is 0.
+    """
+
+    def __init__(self, model, places):
         super().__init__()
-        self.model, self.places = model, recipe.places(prediction, facts)
+        self.model, self.places = model, places
 
     def forward(self, features, lengths):
         outputs = self.model(features, lengths)
@@ -261,6 +267,7 @@ class Words(Speech, Classification):
         return prediction["label"]["class"]
 
     def places(self, prediction, facts):
+        """(0, class) of the one answer."""
         return [(0, facts["classes"]["label"].index(self.text_of(prediction)))]
 
     def marks(self, prediction):

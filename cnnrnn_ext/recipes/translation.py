@@ -58,7 +58,7 @@ class Translation(Recipe):
 
     name = "translation"
     needs = {"babel": "Babel", "django": "django", "sacrebleu": "sacrebleu"}  # noqa: RUF012
-    epochs = 24
+    epochs = 18
     batch_size = 64
     rate = 4e-3
     score = "exact_match"

@@ -15,7 +15,7 @@ from cnnrnn_ext.recipes.data import clips, moving_digits, spectrogram, speech
 from cnnrnn_ext.recipes.draws import Draws
 
 MODALITIES = ("video", "audio")
-VIDEO_NOISE = (0.4, 1.6)  # standard deviation of a pixel's noise, of pixels in 0 … 1: least and most
+VIDEO_NOISE = (0.3, 1.1)  # standard deviation of a pixel's noise, of pixels in 0 … 1: least and most
 AUDIO_NOISE = (-18.0, 6.0)  # dB, signal over noise
 MISSING = 0.25  # share of the rows that lack the video; as many lack the audio
 EVALUATION = moving_digits.EVALUATION + 1  # the clips themselves draw evaluation's numbers for that one

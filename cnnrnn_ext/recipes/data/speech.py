@@ -285,6 +285,8 @@ def split_voices(recordings, seed, pattern=None, by_word=False):
     """
     voices = recordings.voices
     if pattern is not None:
+        if not re.compile(pattern).groups:
+            raise ValueError("no group in it")
         found = [re.search(pattern, Path(file).name) for file in recordings.files]
         voices = [match.group(1) if match else voice for match, voice in zip(found, voices, strict=True)]
     unique = list(dict.fromkeys(voices))
