@@ -112,9 +112,8 @@ def test_from_training_to_explanation(tmp_path, capsys):
     from PIL import Image
 
     out = tmp_path / "out"
-    assert (
-        main(["train", "multimodal", "--quick", "--epochs", "1", "--output", str(out), "--threads", "1"]) == 0
-    )
+    output = ["--output", str(out)]
+    assert main(["train", "multimodal", "--quick", "--epochs", "1", "--threads", "1", *output]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics["figures"]) == {"both", "video_only", "audio_only"}
     assert all(0 <= value <= 1 for value in metrics["figures"].values())
@@ -131,30 +130,13 @@ def test_from_training_to_explanation(tmp_path, capsys):
     capsys.readouterr()
     answers = []
     for given in (["--video", clip], ["--audio", sound], ["--video", clip, "--audio", sound]):
-        assert main(["predict", "multimodal", *map(str, given), "--output", str(out), "--json"]) == 0
+        assert main(["predict", "multimodal", *map(str, given), *output, "--json"]) == 0
         (said,) = json.loads(capsys.readouterr().out)
         answers.append(said["label"]["probabilities"])
     assert answers[2] not in answers[:2]  # both count
-    assert (
-        main(
-            [
-                "predict",
-                "multimodal",
-                "--video",
-                str(clip),
-                "--audio",
-                str(sound),
-                str(sound),
-                "--output",
-                str(out),
-            ]
-        )
-        == 1
-    )
+    pair = ["--video", str(clip), "--audio", str(sound)]
+    assert main(["predict", "multimodal", *pair, str(sound), *output]) == 1
     assert "as many of one as of the other" in capsys.readouterr().err
-    assert (
-        main(["explain", "multimodal", "--video", str(clip), "--audio", str(sound), "--output", str(out)])
-        == 0
-    )
+    assert main(["explain", "multimodal", *pair, *output]) == 0
     assert "shares in the answer: video" in capsys.readouterr().out
     assert (out / "explanation.png").stat().st_size > 20000

@@ -163,15 +163,14 @@ class Translation(Recipe):
 
     def metrics(self, facts):
         from torchmetrics import MeanMetric
-        from torchmetrics.text import CHRFScore
 
-        return {"exact_match": MeanMetric(), "chrf": CHRFScore(n_word_order=0)}
+        return {"exact_match": MeanMetric(), "chrf": MeanMetric()}
 
     def update(self, metrics, model, outputs, batch):
         said = [self.alphabet.text(row) for row in self.generate(model, batch).tokens.tolist()]
         right = [self.alphabet.text(row) for row in batch.targets.tolist()]
-        metrics["exact_match"].update(torch.tensor([float(a == b) for a, b in zip(said, right, strict=True)]))
-        metrics["chrf"].update(said, [[text] for text in right])
+        for name, values in scores_of_each(said, right).items():
+            metrics[name].update(torch.tensor(values))
 
     def generate(self, model, batch):
         source, _, lengths = batch.inputs
@@ -181,7 +180,10 @@ class Translation(Recipe):
         """The copy baseline (the source as the answer), and the test split's parts."""
         split = data.splits["test"]
         said = self.translate(model, split)
-        figures = {"copy": scores(split.sources, split.targets)}
+        figures = {
+            "corpus_chrf": scores(said, split.targets)["corpus_chrf"],
+            "copy": scores(split.sources, split.targets),
+        }
         for name, column in (("by_language", split.languages), ("by_kind", split.kinds)):
             figures[name] = {}
             for value in sorted(set(column)):
@@ -268,9 +270,21 @@ def facts_of(train, languages):
     }
 
 
-def scores(said, right):
-    """{"exact_match", "chrf"} of texts against the right ones, 0 … 1."""
+def scores_of_each(said, right):
+    """{"exact_match", "chrf"}: a list of the scores of each text against the right one, 0 … 1."""
     from sacrebleu.metrics import CHRF
 
-    exact = sum(a == b for a, b in zip(said, right, strict=True)) / max(len(right), 1)
-    return {"exact_match": exact, "chrf": CHRF().corpus_score(said, [right]).score / 100}
+    chrf, pairs = CHRF(), list(zip(said, right, strict=True))
+    return {
+        "exact_match": [float(a == b) for a, b in pairs],
+        "chrf": [chrf.sentence_score(a, [b]).score / 100 for a, b in pairs],
+    }
+
+
+def scores(said, right):
+    """The means of :func:`scores_of_each`, and "corpus_chrf", of all texts' n-grams counted together, 0 …
+    1."""
+    from sacrebleu.metrics import CHRF
+
+    means = {name: sum(values) / max(len(values), 1) for name, values in scores_of_each(said, right).items()}
+    return {**means, "corpus_chrf": CHRF().corpus_score(said, [right]).score / 100}
