@@ -219,8 +219,11 @@ def read_clip(path, frames, size, channels):
             raise UnusableClip("a folder without pictures (" + ", ".join(sorted(PICTURES)) + ")")
         found = []
         for picture in _evenly(pictures, frames):
-            _check_file(picture)
-            found += _decode(picture, size, channels)[:1]
+            try:
+                _check_file(picture)
+                found += _decode(picture, size, channels)[:1]
+            except UnusableClip as error:
+                raise UnusableClip(f"{picture.name}: {error}") from error
         return torch.stack(found)
     if path.suffix.lower() not in VIDEOS:
         raise UnusableClip("not a video (" + ", ".join(sorted(VIDEOS)) + ") nor a folder of pictures")
@@ -240,12 +243,12 @@ def _check_file(path):
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UnusableClip(f"{path.name}: cannot be read: {error.strerror}") from error
+        raise UnusableClip(f"cannot be read: {error.strerror}") from error
     if not content:
-        raise UnusableClip(f"{path.name}: an empty file")
+        raise UnusableClip("an empty file")
     last = LAST_BYTES.get(path.suffix.lower())
     if last is not None and last not in content[-64:]:
-        raise UnusableClip(f"{path.name}: truncated, its format's last bytes are missing")
+        raise UnusableClip("truncated, its format's last bytes are missing")
 
 
 def _decode(path, size, channels):
@@ -257,7 +260,7 @@ def _decode(path, size, channels):
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise UnusableClip(f"{path.name}: no video in it")
+                raise UnusableClip("no video in it")
             stream = container.streams.video[0]
             expected = stream.frames
             for frame in container.decode(stream):
@@ -265,11 +268,11 @@ def _decode(path, size, channels):
                 found.append(torch.from_numpy(picture).view(size, size, channels).permute(2, 0, 1))
     except av.FFmpegError as error:
         told = f", after {len(found)} frames" if found else ""
-        raise UnusableClip(f"{path.name}: cannot be decoded: {error.strerror}{told}") from error
+        raise UnusableClip(f"cannot be decoded: {error.strerror}{told}") from error
     if not found:
-        raise UnusableClip(f"{path.name}: no frame in it")
+        raise UnusableClip("no frame in it")
     if len(found) < expected:
-        raise UnusableClip(f"{path.name}: truncated, {len(found)} of {expected} frames")
+        raise UnusableClip(f"truncated, {len(found)} of {expected} frames")
     return found
 
 
