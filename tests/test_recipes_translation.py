@@ -150,7 +150,7 @@ def test_metrics_count_whole_answers_and_are_sacrebleus():
     assert oracle.options == {"max_length": 12, "beam_size": 3}
     found = recipe.results(metrics)
     assert found["exact_match"] == 0.5
-    # "ced" of "ceda": 3 of 3 and of 4 letters, 2 of 2 and of 3 pairs, 1 of 1 and of 2 triples; F with beta = 2,
+    # "ced" of "ceda": 3 of 3 and of 4 letters, 2 of 2 and 3 pairs, 1 of 1 and 2 triples; F with beta = 2,
     # of the mean precision and recall over the orders that both have.
     precision, recall = 1.0, (3 / 4 + 2 / 3 + 1 / 2) / 3
     expected = 5 * precision * recall / (4 * precision + recall)
