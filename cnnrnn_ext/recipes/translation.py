@@ -109,6 +109,7 @@ class Translation(Recipe):
                 for name, part in splits.items()
             }
         facts = facts or facts_of(splits["train"], pairs.languages)
+        self._know(facts)
         report["pairs"] = {split: len(part) for split, part in splits.items()}
         return Data(splits, facts, report)
 
@@ -134,11 +135,14 @@ class Translation(Recipe):
         return translation.Pairs(texts, [None] * len(asked), wanted, [""] * len(asked)), names
 
     def build(self, facts):
-        self.alphabet, self.longest = Alphabet(facts), facts["longest"]
+        self._know(facts)
         size = len(self.alphabet)
         special = {"padding_id": PAD, "begin_id": BEGIN, "end_id": END}
         sizes = {"embedding_size": 64, "hidden_size": self.settings.hidden, "dropout": 0.3}
         return Seq2Seq(size, size, rnn=self.settings.rnn, **sizes, **special)
+
+    def _know(self, facts):
+        self.alphabet, self.longest = Alphabet(facts), facts["longest"]
 
     def batch(self, split, rows, draws=None):
         sources = [self.alphabet.source(split.sources[row], split.languages[row]) for row in rows]
