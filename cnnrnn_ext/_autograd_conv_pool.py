@@ -5,9 +5,13 @@ import torch
 from cnnrnn_ext import reference
 from cnnrnn_ext._double_backward import double_backward
 
+BACKWARD_CONFIG = 10  # options that the forward shares with the backward
+
 
 def setup(ctx, inputs, output):
     x, weight, bias, *config = inputs
+    ctx.options = len(config)
+    config = config[:BACKWARD_CONFIG]  # without precision: the backward has one
     y, code, kept = output
     activation, pool = config[4:6]
     if kept.dim() == 1:  # nothing but what the code says, or what y says
@@ -20,7 +24,7 @@ def setup(ctx, inputs, output):
 
 def backward_formula(ctx, grad_y, *grad_saved):
     x, weight, bias, code, kept = ctx.saved_tensors
-    nothing = (None,) * len(ctx.config)
+    nothing = (None,) * ctx.options
     if grad_y is None:
         return (None, None, None, *nothing)
     need = list(ctx.needs_input_grad[:3])

@@ -29,7 +29,7 @@ def conv_pool2d_sizes(x, weight, stride, padding, dilation, pool_size, pool_stri
 
 def conv_pool2d_train(
     x, weight, bias, stride, padding, dilation, groups, activation, pool,
-    pool_size, pool_stride, pool_padding, ceil_mode,
+    pool_size, pool_stride, pool_padding, ceil_mode, precision="highest",
 ):  # fmt: skip
     conv, pooled = conv_pool2d_sizes(
         x, weight, stride, padding, dilation, pool_size, pool_stride, pool_padding, ceil_mode

@@ -92,7 +92,7 @@ def winner_index(code, map_width, pool_size, pool_stride, pool_padding):
 
 def conv_pool2d_train(
     x, weight, bias, stride, padding, dilation, groups, activation, pool,
-    pool_size, pool_stride, pool_padding, ceil_mode,
+    pool_size, pool_stride, pool_padding, ceil_mode, precision="highest",
 ):  # fmt: skip
     _check_covered(activation, pool)
     layout = layout_of(x)

@@ -58,7 +58,7 @@ def _on_one_device(name, fake):
 
     def checked(*args):
         device = args[names.index("x")].device
-        for argument, value in zip(names, args, strict=True):
+        for argument, value in zip(names, args, strict=False):  # defaults at the end are left out
             if argument == "batch_sizes":  # always on the CPU
                 continue
             for tensor in value if isinstance(value, (list, tuple)) else (value,):

@@ -34,6 +34,7 @@ struct Config {
   std::string activation, pool;
   Ints window, step, margin;
   bool ceil_mode;
+  std::string precision = "highest";
 };
 
 Pair pair(const char* name, const Ints& values, int64_t least) {
@@ -104,6 +105,7 @@ struct Call {
   ConvPoolShape shape;
   int activation;  // row of the table, relu's too, or kNoActivation
   bool average;
+  bool high;  // of precision: the faster algorithm with the larger error
 
   // Whether the derivative of the activation follows from its value.
   bool of_output() const {
@@ -139,7 +141,9 @@ Call check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor
   }
   check(c.pool == "max" || c.pool == "avg", "pool: the CPU kernels cover 'max' and 'avg', got '", c.pool,
         "'");
-  Call call{{}, find_activation(c.activation), c.pool == "avg"};
+  check(c.precision == "highest" || c.precision == "high", "precision: expected 'highest' or 'high', got '",
+        c.precision, "'");
+  Call call{{}, find_activation(c.activation), c.pool == "avg", c.precision == "high"};
   ConvPoolShape& s = call.shape;
   s.batch = x.size(0), s.channels = x.size(1), s.outputs = weight.size(0), s.groups = c.groups;
   s.input = {x.size(2), x.size(3)};
@@ -189,10 +193,14 @@ void run_direct(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, c
 
 template <typename T>
 void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                 const Outputs& out) {
+                 bool high, const Outputs& out) {
   if constexpr (std::is_same_v<T, float>) {
     if (winograd_pays(s)) {
-      run_winograd(kernels().winograd, s, x, weight, bias, out, run_direct<float>);
+      const auto& winograd = kernels().winograd;
+      const auto& kernel = high && coarse_winograd_pays(s) ? winograd.of_4 : winograd.of_2;
+      const Tensor packed = packed_winograd(winograd, kernel, s, weight, false);
+      run_winograd(winograd, kernel, s, x, packed, bias, out,
+                   [&](int64_t from, int64_t to) { run_direct<float>(s, x, weight, bias, out, from, to); });
       return;
     }
   }
@@ -231,8 +239,9 @@ void run_input_gradient(const ConvPoolShape& s, const Tensor& grad_y, const Tens
 template <typename T>
 void run_any_forward(const Call& call, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                      Tensor& map, const Outputs& out) {
-  if (!call.average) return run_forward<T>(call.shape, x, weight, bias, out);
-  run_forward<T>(without_pool(call.shape, call.of_output()), x, weight, bias, {&map, nullptr, nullptr});
+  if (!call.average) return run_forward<T>(call.shape, x, weight, bias, call.high, out);
+  run_forward<T>(without_pool(call.shape, call.of_output()), x, weight, bias, call.high,
+                 {&map, nullptr, nullptr});
   run_average(kernels_of<T>(), call.shape, call.of_output() ? kNoActivation : call.activation, map, *out.y);
 }
 
@@ -259,20 +268,21 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_any, const Tensor& we
 
 Tensor conv_pool2d(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, Ints dilation,
                    int64_t groups, Text activation, Text pool, Ints pool_size, Ints pool_stride,
-                   Ints pool_padding, bool ceil_mode) {
+                   Ints pool_padding, bool ceil_mode, Text precision) {
   return std::get<0>(forward(x, weight, bias,
                              {stride, padding, dilation, groups, activation.take(), pool.take(), pool_size,
-                              pool_stride, pool_padding, ceil_mode},
+                              pool_stride, pool_padding, ceil_mode, precision.take()},
                              false));
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_pool2d_train(Tensor x, Tensor weight, OptionalTensor bias,
                                                      Ints stride, Ints padding, Ints dilation, int64_t groups,
                                                      Text activation, Text pool, Ints pool_size,
-                                                     Ints pool_stride, Ints pool_padding, bool ceil_mode) {
+                                                     Ints pool_stride, Ints pool_padding, bool ceil_mode,
+                                                     Text precision) {
   return forward(x, weight, bias,
                  {stride, padding, dilation, groups, activation.take(), pool.take(), pool_size, pool_stride,
-                  pool_padding, ceil_mode},
+                  pool_padding, ceil_mode, precision.take()},
                  true);
 }
 
@@ -339,8 +349,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y, Tensor x_
     const Tensor weight = in_layout(weight_any, false);
     grad_x = empty_image(grad, s, s.channels, s.input, grad.scalar_type());
     if (dense)
-      run_winograd(kernels().winograd, input_gradient_shape(s), alive, mirrored_weight(weight, s),
-                   std::nullopt, {&grad_x, nullptr, nullptr}, run_direct<float>);
+      run_winograd_input(kernels().winograd, s, alive, weight, grad_x, run_direct<float>);
     else
       (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad, weight, code, grad_x);
   }
@@ -351,8 +360,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y, Tensor x_
     if (need_bias) grad_bias = empty_like_of(grad, {s.outputs});
     Tensor* const of_weight = need_weight ? &grad_weight : nullptr;
     Tensor* const of_bias = need_bias ? &grad_bias : nullptr;
-    const bool done = dense && run_winograd_weight(kernels().winograd, s, in_layout(alive, false),
-                                                   in_layout(x, false), of_weight, of_bias);
+    const bool done = dense && run_winograd_weight(kernels().winograd, s, alive, x, of_weight, of_bias);
     const auto run = single ? run_weight_gradient<float> : run_weight_gradient<double>;
     if (!done) run(s, grad, x, code, of_weight, of_bias);
   }

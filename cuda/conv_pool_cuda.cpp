@@ -114,7 +114,7 @@ void forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, cons
 Tensor conv_pool2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Ints& stride,
                    const Ints& padding, const Ints& dilation, int64_t groups, const std::string& activation,
                    const std::string& pool, const Ints& pool_size, const Ints& pool_stride,
-                   const Ints& pool_padding, bool ceil_mode) {
+                   const Ints& pool_padding, bool ceil_mode, const std::string& /* precision: one kernel */) {
   const ConvPoolShape s = check_shapes(
       x, weight, bias,
       {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});
@@ -124,13 +124,11 @@ Tensor conv_pool2d(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_pool2d_train(const Tensor& x, const Tensor& weight,
-                                                     const OptionalTensor& bias, const Ints& stride,
-                                                     const Ints& padding, const Ints& dilation,
-                                                     int64_t groups, const std::string& activation,
-                                                     const std::string& pool, const Ints& pool_size,
-                                                     const Ints& pool_stride, const Ints& pool_padding,
-                                                     bool ceil_mode) {
+std::tuple<Tensor, Tensor, Tensor> conv_pool2d_train(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Ints& stride,
+    const Ints& padding, const Ints& dilation, int64_t groups, const std::string& activation,
+    const std::string& pool, const Ints& pool_size, const Ints& pool_stride, const Ints& pool_padding,
+    bool ceil_mode, const std::string& /* precision: one kernel */) {
   const ConvPoolShape s = check_shapes(
       x, weight, bias,
       {stride, padding, dilation, groups, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode});

@@ -183,6 +183,9 @@ TINY_RNN = cases.RNNCase("lstm", 8, 3, 5, 4)
 TINY = (
     cases.ConvPoolCase(2, 4, 9, 3),
     cases.ConvPoolCase(2, 3, 8, 5, padding=1),
+    cases.ConvPoolCase(2, 5, 9, 3, padding=2, kernel=5, window=3, step=2, margin=1, h=11),
+    cases.ConvPoolCase(2, 9, 8, 5, padding=1, window=1),
+    cases.ConvPoolCase(2, 4, 20, 3, kernel=5, dims=1),
     TINY_RNN,
     dataclasses.replace(TINY_RNN, cell="gru", layers=2, bidirectional=True, batch_first=True),
     dataclasses.replace(TINY_RNN, cell="rnn_tanh", state=True),
@@ -339,7 +342,7 @@ def test_upstream_gradient_is_zero_only_at_near_ties():
 def test_grids_are_those_promised():
     count = {f: sum(c.family == f for c in cases.CASES) for f in cases.FAMILIES}
     assert count == {
-        "conv_pool": 7,
+        "conv_pool": 35,
         "lstm": 10,
         "gru": 10,
         "rnn_tanh": 10,

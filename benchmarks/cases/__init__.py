@@ -2,13 +2,15 @@
 
 base       what every case has
 conv_pool  the convolution block and its grid
+stacks     the convolutions of real networks
 rnn        recurrent sequences and cells; grid: their rows, real networks among them
 """
 
-from . import conv_pool, grid
+from . import conv_pool, grid, stacks
 from .base import FORWARD, PHASES, TRAINING, Case
 from .conv_pool import ConvPoolCase
 from .rnn import CellCase, RNNCase
+from .stacks import StackCase
 
 __all__ = [
     "CASES",
@@ -20,9 +22,10 @@ __all__ = [
     "CellCase",
     "ConvPoolCase",
     "RNNCase",
+    "StackCase",
 ]
 
-CASES: tuple[Case, ...] = (*conv_pool.CASES, *grid.CASES)
+CASES: tuple[Case, ...] = (*conv_pool.CASES, *stacks.CASES, *grid.CASES)
 FAMILIES = tuple(dict.fromkeys(case.family for case in CASES))
 
 

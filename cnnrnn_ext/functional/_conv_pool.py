@@ -62,7 +62,12 @@ def conv_pool2d(
         pool: "max", "avg" or "none".
         pool_size, pool_stride, pool_padding, ceil_mode: as in ``F.max_pool2d``; pool_stride defaults to
             pool_size.
-        precision: "highest", or "high" to allow faster algorithms of larger error where there are any.
+        precision: "highest", or "high" to allow a faster algorithm of larger error where there is one: on the
+            CPU F(4x4, 3x3) instead of F(2x2, 3x3) in the forward of float32 3x3 convolutions of stride 1 and
+            at least 16 channels, unless the map is tiny. Measured on random images and weights, the largest
+            error against float64 was 0.6 to 1.8 times that of torch's own kernel (4 times on maps of 7x7
+            with 64 channels), where "highest" has 0.1 to 0.9 times. On near-ties another position of a
+            window may win. Gradients are computed as with "highest".
         return_indices: also return where each maximum stood, as ``F.max_pool2d`` does. Only for pool="max".
 
     Returns:
@@ -114,7 +119,7 @@ def conv_pool2d(
 
     if pool == "none":  # to the operators a pool of windows of one position
         options |= NO_POOL
-    arguments = (x, weight, bias, stride, pads, dilation, groups, *options.values())
+    arguments = (x, weight, bias, stride, pads, dilation, groups, *options.values(), precision)
     if not (return_indices or needs_grad(x, weight, bias)):
         y = torch.ops.cnnrnn_ext.conv_pool2d(*arguments)
         return y if input.dim() == 4 else y.squeeze(0)

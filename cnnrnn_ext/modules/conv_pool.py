@@ -67,7 +67,8 @@ class ConvPool2d(_ConvPool, nn.Conv2d):
         activation: "none", "relu", "relu6", "leaky_relu", "tanh", "sigmoid", "gelu", "silu" or "elu".
         pool: "max", "avg" or "none".
         pool_size, pool_stride, pool_padding, ceil_mode: as in ``nn.MaxPool2d``.
-        precision: "highest", or "high" to allow faster algorithms of larger error where there are any.
+        precision: "highest", or "high" to allow a faster algorithm of larger error where there is one:
+            ``functional.conv_pool2d`` says where and how large.
         return_indices: as in ``nn.MaxPool2d``: the output is a pair, with the indices of the maxima. Only for
             pool="max".
 

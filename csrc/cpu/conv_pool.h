@@ -85,27 +85,36 @@ struct ConvPoolKernelsOf {
                  int64_t begin, int64_t end);
 };
 
-// Winograd's F(2x2, 3x3): float, 3x3 kernels, stride, dilation and groups 1, windows of 1 or 2
+// Winograd's F(ExE, 3x3) forward: float, 3x3 kernels, stride, dilation and groups 1, windows of 1 or 2
 // along each dimension, side by side and unpadded.
-struct WinogradKernels {
+struct WinogradForward {
   int64_t (*packed_size)(const ConvPoolShape&);
-  int64_t (*pack_units)(const ConvPoolShape&);
-  void (*pack)(const ConvPoolShape&, const float* weight, float* packed, int64_t begin, int64_t end);
+  // Of output panels [begin, end). mirrored: weight is [C, K, 3, 3], of the convolution whose gradient of the
+  // input this is.
+  void (*pack)(const ConvPoolShape&, const float* weight, bool mirrored, float* packed, int64_t begin,
+               int64_t end);
   int64_t (*units)(const ConvPoolShape&);
   int64_t (*scratch_bytes)(const ConvPoolShape&);
-  // bias, code and kept may be null. not_finite [N], zeroed: becomes 1 for images that this algorithm cannot
-  // compute, because inf or NaN is among their outputs.
-  void (*forward)(const ConvPoolShape&, const float* x, const float* packed, const float* bias, float* y,
-                  uint8_t* code, float* kept, uint8_t* not_finite, void* scratch, int64_t begin, int64_t end);
+  // Units [begin, end), output panels [out_begin, out_end). bias, code and kept may be null. not_finite [N],
+  // zeroed: becomes 1 for images that this algorithm cannot compute, because inf or NaN is among their
+  // outputs.
+  void (*run)(const ConvPoolShape&, const float* x, const float* packed, const float* bias, float* y,
+              uint8_t* code, float* kept, uint8_t* not_finite, void* scratch, int64_t begin, int64_t end,
+              int64_t out_begin, int64_t out_end);
+};
 
-  // Gradients of weight and bias where there is no pool; x and grad [N, K, conv] contiguous. Units as those
-  // of the forward; each call adds into a zeroed partial of its own. The reduction works on outputs [begin,
-  // end).
+struct WinogradKernels {
+  int64_t (*output_panels)(const ConvPoolShape&);
+  WinogradForward of_2, of_4;  // by E
+
+  // Gradients of weight and bias where there is no pool, by E = 2: each call adds into a zeroed partial of
+  // its own. x and grad [N, K, conv] in the shape's order; units and output panels as those of the forward.
+  // The reduction works on outputs [begin, end) and tells whether all of its results are finite.
   int64_t (*weight_partial_size)(const ConvPoolShape&);
   int64_t (*weight_scratch_bytes)(const ConvPoolShape&);
   void (*weight)(const ConvPoolShape&, const float* x, const float* grad, float* partial, void* scratch,
-                 int64_t begin, int64_t end);
-  void (*weight_reduce)(const ConvPoolShape&, const float* partials, int64_t count, float* grad_weight,
+                 int64_t begin, int64_t end, int64_t out_begin, int64_t out_end);
+  bool (*weight_reduce)(const ConvPoolShape&, const float* partials, int64_t count, float* grad_weight,
                         float* grad_bias, int64_t begin, int64_t end);
 };
 

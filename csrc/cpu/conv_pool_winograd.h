@@ -1,12 +1,14 @@
-// conv_pool forward by Winograd's F(2x2, 3x3), for 3x3 kernels of stride 1: 2.25 times fewer products.
+// conv_pool forward by Winograd's F(ExE, 3x3), for 3x3 kernels of stride 1: 2.25 (E = 2) or 4 (E = 4) times
+// fewer products.
 //
-// A tile is 2x2 outputs of the convolution: a 2x2 pooling window, two 2x1 or 1x2 windows, or four outputs
-// where there is no pool (windows 1x1). One vector runs over tiles, which are numbered through the rows of
-// an image and through the images. A block of tiles goes through three phases:
-//   1. the input transform:  V[place][channel][tile];
-//   2. for some outputs at a time, 16 products:  M[place][output][tile] = U[place][output][channel] * V;
+// A tile is ExE outputs of the convolution, cut into pooling windows of up to 2x2. One vector runs over
+// tiles, which are numbered through the rows of an image and through the images. A group of a few panels of
+// tiles goes through three phases:
+//   1. the input transform, panel by panel:  V[place][channel][tile];
+//   2. for some outputs at a time, a product for each place:
+//      M[place][output][tile] = U[place][output][channel] * V;
 //   3. the inverse transform of those outputs, with bias, pool, activation and code in registers.
-// Every number is computed by the same operations in the same order wherever its tile stands in a block.
+// Every number is computed by the same operations in the same order wherever its tile stands in a group.
 //
 // Inf and NaN spread over a whole tile, and huge numbers may overflow in between: images with an output
 // that is not finite are reported, and the host computes them again by the direct kernel.
@@ -18,32 +20,71 @@
 
 namespace {
 
-inline int64_t winograd_packed_size(const ConvPoolShape& s) {
-  return kPlaces * s.outputs * WinogradPlan(s).weight_stride;
+template <int E>
+int64_t winograd_packed_size(const ConvPoolShape& s) {
+  return kPlacesOf<E> * s.outputs * s.channels;
 }
-inline int64_t winograd_pack_units(const ConvPoolShape& s) { return WinogradPlan(s).output_blocks; }
-inline int64_t winograd_units(const ConvPoolShape& s) { return ceil_div(WinogradPlan(s).total, kPanelTiles); }
+template <int E>
+int64_t winograd_units(const ConvPoolShape& s) {
+  return ceil_div(WinogradPlan<E>(s).total, kPanelTiles);
+}
+inline int64_t winograd_output_units(const ConvPoolShape& s) { return ceil_div(s.outputs, kPanelRows); }
 
-inline int64_t winograd_scratch_bytes(const ConvPoolShape& s) {
-  const WinogradPlan plan(s);
-  return carved_bytes(kPlaces * plan.v_stride, sizeof(float)) +
-         carved_bytes(kPlaces * plan.m_stride, sizeof(float)) +
+template <int E>
+int64_t winograd_scratch_bytes(const ConvPoolShape& s) {
+  const WinogradPlan<E> plan(s);
+  return carved_bytes(plan.panels * plan.v_size(), sizeof(float)) +
+         carved_bytes(plan.panels * plan.m_size(), sizeof(float)) +
          carved_bytes(plan.turned_size(s), sizeof(float)) +
-         2 * carved_bytes(plan.stage_size(), sizeof(float)) + 3 * carved_bytes(plan.block, sizeof(float)) +
-         carved_bytes(plan.stage_stride, 1) + carved_bytes(plan.block, sizeof(TileRun)) +
-         carved_bytes(plan.vectors(s), sizeof(TileVector)) + carved_bytes(plan.pixels(s), sizeof(int64_t));
+         2 * carved_bytes(plan.stage_size(), sizeof(float)) + carved_bytes(plan.stage_stride, 1) +
+         3 * carved_bytes(plan.group(), sizeof(float)) + carved_bytes(plan.group(), sizeof(TileRun)) +
+         carved_bytes(kPanelTiles, sizeof(TileVector<E>)) + carved_bytes(plan.pixels(s), sizeof(int64_t));
 }
 
-// weight [K, C, 3, 3] -> for output blocks [begin, end): U[place][output of the block][channel].
-inline void winograd_pack(const ConvPoolShape& s, const float* weight, float* packed, int64_t begin,
-                          int64_t end) {
-  const WinogradPlan plan(s);
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t first = plan.first_output(s, b), count = plan.first_output(s, b + 1) - first;
-    float* u = packed + kPlaces * first * plan.weight_stride;
-    for (int64_t k = 0; k < count; ++k)
-      transform_weights(weight + (first + k) * s.channels * 9, s.channels, u + k * plan.weight_stride,
-                        count * plan.weight_stride);
+// weight [K, C, 3, 3] -> for output panels [begin, end): U[place][channel][output of the panel]. mirrored:
+// weight is [C, K, 3, 3] and each kernel turned by half a turn, as for the gradient of the input.
+template <int E>
+void winograd_pack(const ConvPoolShape& s, const float* weight, bool mirrored, float* packed, int64_t begin,
+                   int64_t end) {
+  const WinogradPlan<E> plan(s);
+  const int64_t of_output = 9 * (mirrored ? 1 : s.channels), of_channel = 9 * (mirrored ? s.outputs : 1);
+  float staged[kPlacesOf<E> * kLanes * kLanes] = {};  // [place][output][channel]
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = plan.first_output(s, panel), rows = plan.first_output(s, panel + 1) - first;
+    float* u = packed + kPlacesOf<E> * first * s.channels;
+    for (int64_t c = 0; c < s.channels; c += kLanes) {
+      const int64_t channels = smaller(kLanes, s.channels - c);
+      int64_t offsets[kLanes];  // lanes beyond the last channel repeat it
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        offsets[lane] = (c + smaller(lane, channels - 1)) * of_channel;
+      for (int64_t k = 0; k < rows; ++k) {
+        vf taps[9];
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) {
+          const float* from = weight + (first + k) * of_output + (mirrored ? 8 - tap : tap);
+          vf lanes{};
+#pragma GCC unroll 16
+          for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = from[offsets[lane]];
+          taps[tap] = lanes;
+        }
+        transform_weights<E>(taps, staged + k * kLanes, kLanes * kLanes);
+      }
+      for (int64_t p = 0; p < kPlacesOf<E>; ++p) {
+        vf block[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = loadu(staged + (p * kLanes + i) * kLanes);
+        transpose<float>(block);
+        // A whole vector reaches into the next channel, which is written afterwards.
+        float* to = u + (p * s.channels + c) * rows;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          if (c + i < s.channels - kLanes)
+            storeu(to + i * rows, block[i]);
+          else if (i < channels)
+            store_n(to + i * rows, block[i], rows);
+        }
+      }
+    }
   }
 }
 
@@ -62,96 +103,105 @@ CNNRNN_INLINE void challenge(vf key, vf value, int64_t position, vf& best_key, v
   best_key = wins ? key : best_key;
 }
 
-// Two rows of outputs of a tile, side by side as in the image.
-template <bool kCodes>
-CNNRNN_INLINE void finish_columns(bool relu, const vf (&best)[2], const Code<float> (&code)[2], float* y,
-                                  float* codes) {
-  vf values[2], positions[2];
-#pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) {
-    finish<float, kCodes>(relu, best[j], code[j], reinterpret_cast<float*>(&values[j]),
-                          reinterpret_cast<float*>(&positions[j]));
-  }
-  storeu(y, interleave<float, 0>(values[0], values[1]));
-  storeu(y + kLanes, interleave<float, kLanes / 2>(values[0], values[1]));
-  if constexpr (kCodes) {
-    storeu(codes, interleave<float, 0>(positions[0], positions[1]));
-    storeu(codes + kLanes, interleave<float, kLanes / 2>(positions[0], positions[1]));
+// Element 0 of each of N vectors, then element 1 of each, and so on.
+template <int N>
+CNNRNN_INLINE void store_in_turns(float* to, const vf (&v)[N]) {
+  constexpr int kHalf = kLanes / 2;
+  if constexpr (N == 1) {
+    storeu(to, v[0]);
+  } else if constexpr (N == 2) {
+    storeu(to, interleave<float, 0>(v[0], v[1]));
+    storeu(to + kLanes, interleave<float, kHalf>(v[0], v[1]));
+  } else {
+    const vf low[2] = {interleave<float, 0>(v[0], v[2]), interleave<float, 0>(v[1], v[3])};
+    const vf high[2] = {interleave<float, kHalf>(v[0], v[2]), interleave<float, kHalf>(v[1], v[3])};
+    store_in_turns<2>(to, low);
+    store_in_turns<2>(to + 2 * kLanes, high);
   }
 }
 
-// Phase 3 for windows of H x W: ys and codes [outputs][2 / H][stage_stride]. right and below: lanes whose
-// window reaches beyond the map. health: NaN in the lanes of tiles with an output that is not finite.
-template <int H, int W, bool kCodes, bool kKeyed>
-void inverse_block(const ConvPoolShape& s, const WinogradPlan& plan, const float* m, const float* bias,
-                   int64_t outputs, int64_t tiles, const int32_t* right, const int32_t* below, float* ys,
-                   float* codes, float* health) {
-  for (int64_t t = 0; t < tiles; t += kLanes) {
+// Phase 3 of one panel for windows of H x W: ys and codes [outputs][E / H][stage_stride]. columns and rows:
+// of the map that remain from each tile's first on. health: NaN in the lanes of tiles with an output that is
+// not finite.
+template <int E, int H, int W, bool kCodes, bool kKeyed>
+void inverse_panel(const ConvPoolShape& s, const WinogradPlan<E>& plan, const float* m, const float* bias,
+                   int64_t outputs, const int32_t* columns, const int32_t* rows, float* ys, float* codes,
+                   float* health) {
+  for (int64_t t = 0; t < kPanelTiles; t += kLanes) {
     vf sick = loadu(health + t);
-    const vi beyond_right = loadu(right + t), beyond_below = loadu(below + t);
+    const vi columns_left = loadu(columns + t), rows_left = loadu(rows + t);
     for (int64_t k = 0; k < outputs; ++k) {
-      vf y[4];
-      transform_output(m + k * plan.block + t, plan.m_stride, y);
+      vf y[E][E];
+      transform_output<E>(m + k * kPanelTiles + t, plan.m_stride, y);
       const vf shift = broadcast(bias ? bias[k] : 0.0f);
+      vf sum{};
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) y[i] += shift;
-      sick += ((y[0] + y[1]) + (y[2] + y[3])) * 0.0f;
-      // Beyond the map stands the pixel before again: a copy never wins.
+      for (int i = 0; i < E; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < E; ++j) y[i][j] += shift, sum += y[i][j];
+      sick += sum * 0.0f;
+      // Where a window reaches beyond the map stands the pixel before again: a copy never wins.
       if (H == 2 && plan.hangs_below) {
-        y[2] = beyond_below ? y[0] : y[2];
-        y[3] = beyond_below ? y[1] : y[3];
+#pragma GCC unroll 2
+        for (int i = 1; i < E; i += 2)
+#pragma GCC unroll 4
+          for (int j = 0; j < E; ++j) y[i][j] = rows_left <= i ? y[i - 1][j] : y[i][j];
       }
       if (W == 2 && plan.hangs_right) {
-        y[1] = beyond_right ? y[0] : y[1];
-        y[3] = beyond_right ? y[2] : y[3];
+#pragma GCC unroll 4
+        for (int i = 0; i < E; ++i)
+#pragma GCC unroll 2
+          for (int j = 1; j < E; j += 2) y[i][j] = columns_left <= j ? y[i][j - 1] : y[i][j];
       }
-      vf keys[4];
+      vf keys[E][E];
       if constexpr (kKeyed) {
         kActivations<float>[s.activation].value(reinterpret_cast<const float*>(y),
-                                                reinterpret_cast<float*>(keys), 4 * kLanes);
+                                                reinterpret_cast<float*>(keys), E * E * kLanes);
       }
-#pragma GCC unroll 2
-      for (int i = 0; i < 2 / H; ++i) {
-        const int64_t at = (k * (2 / H) + i) * plan.stage_stride + 2 / W * t;
-        vf best[2] = {y[2 * i], y[2 * i + 1]};
-        Code<float> code[2] = {};
-        constexpr int kLast = W == 2 ? 0 : 1;  // the window that y[3] belongs to
-        if constexpr (kKeyed) {
-          vf best_key[2] = {keys[2 * i], keys[2 * i + 1]};
-          const auto enter = [&](int j, int64_t position, int window) {
-            challenge(keys[j], y[j], position, best_key[window], best[window], code[window]);
+#pragma GCC unroll 4
+      for (int i = 0; i < E / H; ++i) {
+        const int64_t at = (k * (E / H) + i) * plan.stage_stride + E / W * t;
+        vf values[E / W], positions[E / W];
+#pragma GCC unroll 4
+        for (int j = 0; j < E / W; ++j) {
+          vf best = y[H * i][W * j];
+          [[maybe_unused]] vf best_key = keys[H * i][W * j];
+          Code<float> code{};
+          const auto enter = [&](int row, int column, int64_t position) {
+            if constexpr (kKeyed)
+              challenge(keys[row][column], y[row][column], position, best_key, best, code);
+            else
+              challenge<kCodes>(y[row][column], position, best, code);
           };
-          if constexpr (W == 2) enter(2 * i + 1, 1, 0);
-          if constexpr (H == 2) enter(2, W, 0);
-          if constexpr (H == 2) enter(3, 2 * W - 1, kLast);
-        } else {
-          if constexpr (W == 2) challenge<kCodes>(y[2 * i + 1], 1, best[0], code[0]);
-          if constexpr (H == 2) challenge<kCodes>(y[2], W, best[0], code[0]);
-          if constexpr (H == 2) challenge<kCodes>(y[3], 2 * W - 1, best[kLast], code[kLast]);
+          if constexpr (W == 2) enter(H * i, W * j + 1, 1);
+          if constexpr (H == 2) enter(H * i + 1, W * j, W);
+          if constexpr (H == 2 && W == 2) enter(H * i + 1, W * j + 1, 3);
+          finish<float, kCodes>(s.relu, best, code, reinterpret_cast<float*>(&values[j]),
+                                reinterpret_cast<float*>(&positions[j]));
         }
-        if constexpr (W == 2)
-          finish<float, kCodes>(s.relu, best[0], code[0], ys + at, codes + at);
-        else
-          finish_columns<kCodes>(s.relu, best, code, ys + at, codes + at);
+        store_in_turns<E / W>(ys + at, values);
+        if constexpr (kCodes) store_in_turns<E / W>(codes + at, positions);
       }
     }
     storeu(health + t, sick);
   }
 }
 
-using InverseBlock = decltype(&inverse_block<2, 2, true, false>);
+template <int E>
+using InversePanel = decltype(&inverse_panel<E, 2, 2, true, false>);
 
-template <int H, int W>
-InverseBlock inverse_of_window(bool codes, bool keyed) {
+template <int E, int H, int W>
+InversePanel<E> inverse_of_window(bool codes, bool keyed) {
   if constexpr (H * W > 1)
-    if (keyed) return codes ? inverse_block<H, W, true, true> : inverse_block<H, W, false, true>;
-  return codes ? inverse_block<H, W, true, false> : inverse_block<H, W, false, false>;
+    if (keyed) return codes ? inverse_panel<E, H, W, true, true> : inverse_panel<E, H, W, false, true>;
+  return codes ? inverse_panel<E, H, W, true, false> : inverse_panel<E, H, W, false, false>;
 }
 
-inline InverseBlock inverse_of(const ConvPoolShape& s, bool codes) {
+template <int E>
+InversePanel<E> inverse_of(const ConvPoolShape& s, bool codes) {
   if (s.window.h == 1)
-    return (s.window.w == 1 ? inverse_of_window<1, 1> : inverse_of_window<1, 2>)(codes, s.keyed);
-  return (s.window.w == 1 ? inverse_of_window<2, 1> : inverse_of_window<2, 2>)(codes, s.keyed);
+    return (s.window.w == 1 ? inverse_of_window<E, 1, 1> : inverse_of_window<E, 1, 2>)(codes, s.keyed);
+  return (s.window.w == 1 ? inverse_of_window<E, 2, 1> : inverse_of_window<E, 2, 2>)(codes, s.keyed);
 }
 
 // Copies of a few numbers, which a call of the C library's would take as long as.
@@ -166,9 +216,10 @@ CNNRNN_INLINE void copy_row(float* to, const float* from, int64_t n) {
 
 // Copies the staged outputs [k0, k0 + outputs) to y and code, images of size `map`. turned, bytes: for one
 // row of outputs and for one output of it.
-inline void write_block(const ConvPoolShape& s, const WinogradPlan& plan, Pair map, const TileRun* runs,
-                        int64_t count, const float* ys, const float* codes, float* turned, uint8_t* bytes,
-                        int64_t k0, int64_t outputs, float* y, uint8_t* code) {
+template <int E>
+void write_block(const ConvPoolShape& s, const WinogradPlan<E>& plan, Pair map, const TileRun* runs,
+                 int64_t count, const float* ys, const float* codes, float* turned, uint8_t* bytes,
+                 int64_t k0, int64_t outputs, float* y, uint8_t* code) {
   // Calls copy(where it stands in a staged row, pixel of the batch's images, pixels) for each run of a row.
   const auto for_each_run = [&](int64_t i, const auto& copy) {
     for (int64_t r = 0; r < count; ++r) {
@@ -182,7 +233,7 @@ inline void write_block(const ConvPoolShape& s, const WinogradPlan& plan, Pair m
   for (int64_t i = 0; i < plan.outputs.h; ++i, ys += plan.stage_stride, codes += plan.stage_stride) {
     if (s.channels_last) {
       constexpr int64_t kMostCodes = kBlockOutputs + kLanes;
-      const int64_t stride = plan.turned_stride(), columns = plan.outputs.w * plan.block;
+      const int64_t stride = plan.turned_stride(), columns = plan.outputs.w * plan.group();
       const auto turn = [&](const float* staged_rows) {
         transpose(staged_rows, outputs, columns, staged,
                   [&](int64_t j, int64_t k, vf v, int64_t) { storeu(turned + j * stride + k, v); });
@@ -220,59 +271,74 @@ inline void write_block(const ConvPoolShape& s, const WinogradPlan& plan, Pair m
   }
 }
 
-// Tiles of panels [begin, end). not_finite [N]: set to 1 for images whose outputs are to be computed again.
-inline void winograd(const ConvPoolShape& s, const float* x, const float* packed, const float* bias, float* y,
-                     uint8_t* code, float* kept, uint8_t* not_finite, void* memory, int64_t begin,
-                     int64_t end) {
-  const WinogradPlan plan(s);
+// Outputs of output panels [out_begin, out_end) of the tiles of panels [begin, end). not_finite [N]: set to 1
+// for images whose outputs are to be computed again.
+template <int E>
+void winograd(const ConvPoolShape& s, const float* x, const float* packed, const float* bias, float* y,
+              uint8_t* code, float* kept, uint8_t* not_finite, void* memory, int64_t begin, int64_t end,
+              int64_t out_begin, int64_t out_end) {
+  const WinogradPlan<E> plan(s);
   char* scratch = static_cast<char*>(memory);
-  float* v = carve<float>(scratch, kPlaces * plan.v_stride);
-  float* m = carve<float>(scratch, kPlaces * plan.m_stride);
+  float* v = carve<float>(scratch, plan.panels * plan.v_size());
+  float* m = carve<float>(scratch, plan.panels * plan.m_size());
   float* turned = carve<float>(scratch, plan.turned_size(s));
   float* ys = carve<float>(scratch, plan.stage_size());
   float* codes = carve<float>(scratch, plan.stage_size());
   uint8_t* bytes = carve<uint8_t>(scratch, plan.stage_stride);
-  int32_t* right = carve<int32_t>(scratch, plan.block);
-  int32_t* below = carve<int32_t>(scratch, plan.block);
-  float* health = carve<float>(scratch, plan.block);
-  TileRun* runs = carve<TileRun>(scratch, plan.block);
-  TileVector* vectors = carve<TileVector>(scratch, plan.vectors(s));
+  int32_t* columns = carve<int32_t>(scratch, plan.group());
+  int32_t* rows = carve<int32_t>(scratch, plan.group());
+  float* health = carve<float>(scratch, plan.group());
+  TileRun* runs = carve<TileRun>(scratch, plan.group());
+  TileVector<E>* vectors = carve<TileVector<E>>(scratch, kPanelTiles);
   int64_t* pixels = carve<int64_t>(scratch, plan.pixels(s));
-  // What follows the last tile of a run takes part in the arithmetic, without effect: it must be numbers.
-  __builtin_memset(memory, 0, reinterpret_cast<char*>(ys) - static_cast<char*>(memory));
-
-  const InverseBlock inverse = inverse_of(s, code != nullptr);
+  __builtin_memset(turned, 0, plan.turned_size(s) * sizeof(float));
+  const InversePanel<E> inverse = inverse_of<E>(s, code != nullptr);
   const int64_t of_image = plan.tiles.h * plan.tiles.w, last = smaller(end * kPanelTiles, plan.total);
   // One output a tile: rows follow one another in y without a gap.
-  const bool whole_images = s.window.h * s.window.w == 4;
+  const bool whole_images = plan.outputs.h * plan.outputs.w == 1;
   const Pair map = whole_images ? Pair{1, s.windows()} : s.pooled;
-  for (int64_t first = begin * kPanelTiles; first < last; first += plan.block) {
-    const int64_t count = smaller(plan.block, last - first), tiles = round_up(count, kPanelTiles);
-    const int64_t input_runs = winograd_runs(plan.tiles, first, count, runs);
-    if (s.channels_last) {
-      tile_pixels(s, runs, input_runs, pixels);
-      transform_pixels(s, plan, x, pixels, count, turned, v);
-    } else {
-      transform_planes(s, plan, x, vectors, tile_vectors(s, runs, input_runs, vectors), v);
+  for (int64_t first = begin * kPanelTiles; first < last; first += plan.group()) {
+    const int64_t count = smaller(plan.group(), last - first), panels = ceil_div(count, kPanelTiles);
+    for (int64_t i = 0; i < panels; ++i) {
+      const int64_t from = first + i * kPanelTiles, tiles = smaller(kPanelTiles, last - from);
+      const int64_t input_runs = winograd_runs(plan.tiles, from, tiles, runs);
+      // What follows the last tile takes part in the arithmetic, without effect: slowly, if it is subnormal.
+      if (tiles < kPanelTiles) __builtin_memset(v + i * plan.v_size(), 0, plan.v_size() * sizeof(float));
+      if (s.channels_last) {
+        tile_pixels<E, E + 2>(s, runs, input_runs, pixels);
+        transform_pixels<E>(s, x, pixels, tiles, turned, v + i * plan.v_size(), plan.v_stride);
+      } else {
+        const int64_t found = tile_vectors<E>(s, runs, input_runs, vectors);
+        transform_planes<E>(s, x, vectors, found, v + i * plan.v_size(), plan.v_stride);
+      }
     }
-    for (int64_t t = 0; t < plan.block; ++t) {
+    for (int64_t t = 0; t < plan.group(); ++t) {
       const int64_t place = (first + t) % of_image;
-      right[t] = 2 * (place % plan.tiles.w) + 1 >= s.conv.w ? -1 : 0;
-      below[t] = 2 * (place / plan.tiles.w) + 1 >= s.conv.h ? -1 : 0;
+      columns[t] = static_cast<int32_t>(smaller(s.conv.w - place % plan.tiles.w * E, E));
+      rows[t] = static_cast<int32_t>(smaller(s.conv.h - place / plan.tiles.w * E, E));
       health[t] = 0;
     }
     const int64_t output_runs =
         winograd_runs(whole_images ? Pair{1, of_image} : plan.tiles, first, count, runs);
-    for (int64_t b = 0; b < plan.output_blocks; ++b) {
-      const int64_t k = plan.first_output(s, b), outputs = plan.first_output(s, b + 1) - k;
-      const float* u = packed + kPlaces * k * plan.weight_stride;
-      for (int64_t p = 0; p < kPlaces; ++p)
-        multiply_place<false>(u + p * outputs * plan.weight_stride, plan.weight_stride, outputs,
-                              v + p * plan.v_stride, plan.block, tiles, s.channels, m + p * plan.m_stride,
-                              plan.block);
-      inverse(s, plan, m, bias ? bias + k : nullptr, outputs, tiles, right, below, ys, codes, health);
+    for (int64_t b = out_begin; b < out_end; b += kBlockPanels) {
+      const int64_t b_end = smaller(b + kBlockPanels, out_end), k0 = plan.first_output(s, b);
+      for (int64_t p = 0; p < kPlacesOf<E>; ++p)
+        for (int64_t panel = b; panel < b_end; ++panel) {
+          const int64_t k = plan.first_output(s, panel), of_panel = plan.first_output(s, panel + 1) - k;
+          const float* u = packed + (kPlacesOf<E> * k + p * of_panel) * s.channels;
+          for (int64_t i = 0; i < panels; ++i)
+            multiply_panel<false, true>(
+                of_panel, u, 0, 0, v + i * plan.v_size() + p * plan.v_stride, kPanelTiles, s.channels,
+                m + i * plan.m_size() + p * plan.m_stride + (k - k0) * kPanelTiles, kPanelTiles);
+        }
+      const int64_t outputs = plan.first_output(s, b_end) - k0;
+      for (int64_t i = 0; i < panels; ++i) {
+        const int64_t t = i * kPanelTiles;
+        inverse(s, plan, m + i * plan.m_size(), bias ? bias + k0 : nullptr, outputs, columns + t, rows + t,
+                ys + plan.outputs.w * t, codes + plan.outputs.w * t, health + t);
+      }
       const auto write = [&](float* to, uint8_t* to_code) {
-        write_block(s, plan, map, runs, output_runs, ys, codes, turned, bytes, k, outputs, to, to_code);
+        write_block<E>(s, plan, map, runs, output_runs, ys, codes, turned, bytes, k0, outputs, to, to_code);
       };
       if (kept) write(kept, nullptr);
       if (s.activation != cnnrnn::kNoActivation)

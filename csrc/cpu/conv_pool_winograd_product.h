@@ -5,47 +5,50 @@
 
 namespace {
 
-// m[R][kPanelTiles] = (kAdd: +=) u[R][depth] * v[depth][kPanelTiles].
-template <int R, bool kAdd>
-CNNRNN_APART void multiply(const float* u, int64_t u_stride, const float* v, int64_t v_stride, int64_t depth,
-                           float* m, int64_t m_stride) {
-  vf acc[R][kTileVectors] = {};
-  for (int64_t d = 0; d < depth; ++d, v += v_stride) {
-    vf right[kTileVectors];
+// One term of multiply's sums.
+template <int R>
+CNNRNN_INLINE void multiply_step(const float* u, int64_t u_row, const float* v, vf (&acc)[R][kTileVectors]) {
+  vf right[kTileVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kTileVectors; ++j) right[j] = in_register(loadu(v + j * kLanes));
+  for (int j = 0; j < kTileVectors; ++j) right[j] = in_register(loadu(v + j * kLanes));
 #pragma GCC unroll 6
-    for (int i = 0; i < R; ++i) {
-      const vf left = broadcast(u[i * u_stride + d]);
+  for (int i = 0; i < R; ++i) {
+    const vf left = broadcast(u[i * u_row]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kTileVectors; ++j) acc[i][j] += left * right[j];
-    }
+    for (int j = 0; j < kTileVectors; ++j) acc[i][j] += left * right[j];
   }
+}
+
+// m[R][kPanelTiles] = (kAdd: +=) u[R][depth] * v[depth][kPanelTiles]. Element (i, d) of u stands at
+// u[i * u_row + d * u_step]; kPacked: at u[i + d * R], whatever the strides.
+template <int R, bool kAdd, bool kPacked>
+CNNRNN_APART void multiply(const float* u, int64_t u_row, int64_t u_step, const float* v, int64_t v_step,
+                           int64_t depth, float* m, int64_t m_row) {
+  vf acc[R][kTileVectors] = {};
+  if constexpr (kPacked) u_row = 1, u_step = R;
+  for (; depth >= 2; depth -= 2, u += 2 * u_step, v += 2 * v_step) {  // two in one pass are 2 % faster
+    multiply_step<R>(u, u_row, v, acc);
+    multiply_step<R>(u + u_step, u_row, v + v_step, acc);
+  }
+  if (depth) multiply_step<R>(u, u_row, v, acc);
 #pragma GCC unroll 6
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kTileVectors; ++j) {
-      float* at = m + i * m_stride + j * kLanes;
+      float* at = m + i * m_row + j * kLanes;
       storeu(at, kAdd ? loadu(at) + acc[i][j] : acc[i][j]);
     }
   }
 }
 
-// m[rows][columns] = (kAdd: +=) u[rows][depth] * v[depth][columns], columns a multiple of kPanelTiles; in
-// panels of rows as even as can be.
-template <bool kAdd>
-void multiply_place(const float* u, int64_t u_stride, int64_t rows, const float* v, int64_t v_stride,
-                    int64_t columns, int64_t depth, float* m, int64_t m_stride) {
-  static constexpr decltype(&multiply<1, kAdd>) of_rows[] = {multiply<1, kAdd>, multiply<2, kAdd>,
-                                                             multiply<3, kAdd>, multiply<4, kAdd>,
-                                                             multiply<5, kAdd>, multiply<6, kAdd>};
-  const int64_t panels = ceil_div(rows, kPanelRows);
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t first = rows * p / panels, count = rows * (p + 1) / panels - first;
-    for (int64_t t = 0; t < columns; t += kPanelTiles)
-      of_rows[count - 1](u + first * u_stride, u_stride, v + t, v_stride, depth, m + first * m_stride + t,
-                         m_stride);
-  }
+// multiply of `rows` rows, at most kPanelRows.
+template <bool kAdd, bool kPacked>
+CNNRNN_INLINE void multiply_panel(int64_t rows, const float* u, int64_t u_row, int64_t u_step, const float* v,
+                                  int64_t v_step, int64_t depth, float* m, int64_t m_row) {
+  static constexpr decltype(&multiply<1, kAdd, kPacked>) of_rows[] = {
+      multiply<1, kAdd, kPacked>, multiply<2, kAdd, kPacked>, multiply<3, kAdd, kPacked>,
+      multiply<4, kAdd, kPacked>, multiply<5, kAdd, kPacked>, multiply<6, kAdd, kPacked>};
+  of_rows[rows - 1](u, u_row, u_step, v, v_step, depth, m, m_row);
 }
 
 }  // namespace

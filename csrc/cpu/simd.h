@@ -228,23 +228,6 @@ CNNRNN_INLINE vi multiply_pairs(vs a, vs b) {
 #endif
 }
 
-// rows[i][j] becomes rows[j][i]: log2(lanes) perfect shuffles.
-template <typename T>
-CNNRNN_INLINE void transpose(Vec<T> (&rows)[kLanesOf<T>]) {
-  constexpr int L = kLanesOf<T>;
-#pragma GCC unroll 4
-  for (int round = 1; round < L; round *= 2) {
-    Vec<T> next[L];
-#pragma GCC unroll 8
-    for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = interleave<T, 0>(rows[i], rows[i + L / 2]);
-      next[2 * i + 1] = interleave<T, L / 2>(rows[i], rows[i + L / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) rows[i] = next[i];
-  }
-}
-
 // In each `region` of a and b: the `unit`s of elements of their first (half = 0) or second halves, in turns.
 // Within 16 bytes, or of 16 bytes and more, that is one instruction.
 template <typename T, int unit, int region, int half>
@@ -268,6 +251,41 @@ CNNRNN_INLINE Vec<T> unpack(Vec<T> a, Vec<T> b) {
   }
   return __builtin_shuffle(a, b, order);
 #endif
+}
+
+// rows[i][j] becomes rows[j][i]: within 16 bytes first, where shuffles are cheap, then by whole 16 bytes.
+template <typename T>
+CNNRNN_INLINE void transpose(Vec<T> (&rows)[kLanesOf<T>]) {
+  constexpr int L = kLanesOf<T>, kUnit = 16 / static_cast<int>(sizeof(T));
+  Vec<T> next[L];
+#pragma GCC unroll 8
+  for (int i = 0; i < L; i += kUnit) {
+    if constexpr (kUnit == 2) {
+      next[i] = unpack<T, 1, kUnit, 0>(rows[i], rows[i + 1]);
+      next[i + 1] = unpack<T, 1, kUnit, 1>(rows[i], rows[i + 1]);
+    } else {
+      const Vec<T> a = unpack<T, 1, kUnit, 0>(rows[i], rows[i + 1]);
+      const Vec<T> b = unpack<T, 1, kUnit, 0>(rows[i + 2], rows[i + 3]);
+      const Vec<T> c = unpack<T, 1, kUnit, 1>(rows[i], rows[i + 1]);
+      const Vec<T> d = unpack<T, 1, kUnit, 1>(rows[i + 2], rows[i + 3]);
+      next[i] = unpack<T, 2, kUnit, 0>(a, b), next[i + 1] = unpack<T, 2, kUnit, 1>(a, b);
+      next[i + 2] = unpack<T, 2, kUnit, 0>(c, d), next[i + 3] = unpack<T, 2, kUnit, 1>(c, d);
+    }
+  }
+  // Row i now holds, in unit q, column q * kUnit + i % kUnit of rows i / kUnit * kUnit on: perfect shuffles.
+#pragma GCC unroll 4
+  for (int round = kUnit; round < L; round *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      const int unit = i / kUnit, rest = i % kUnit;
+      next[2 * unit * kUnit + rest] = unpack<T, kUnit, L, 0>(rows[i], rows[i + L / 2]);
+      next[(2 * unit + 1) * kUnit + rest] = unpack<T, kUnit, L, 1>(rows[i], rows[i + L / 2]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) rows[i] = next[i];
 }
 
 template <typename T, int unit>
