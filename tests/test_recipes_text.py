@@ -241,8 +241,8 @@ def test_own_texts_are_learnt_and_the_baseline_is_told(trained):
 def test_predict_reads_texts_standard_input_and_files(trained, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO("growl bark\n\nmoo milk\n"))
-    (tmp_path / "a.txt").write_text("whiskers purr\n\nwag\n")
-    write(tmp_path / "a.tsv", [("graze", "?")])
+    (tmp_path / "a.txt").write_text("whiskers purr\n\nwag growl\n")
+    write(tmp_path / "a.tsv", [("graze milk", "?")])
     asked = ("predict", "text", "purr meow", "-", "--output", trained, "--json")
     assert run(*asked, "--file", tmp_path / "a.txt") == 0
     found = {entry["name"]: entry["label"]["class"] for entry in json.loads(capsys.readouterr().out)}
