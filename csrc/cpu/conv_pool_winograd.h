@@ -48,7 +48,8 @@ void winograd_pack(const ConvPoolShape& s, const float* weight, bool mirrored, f
                    int64_t end) {
   const WinogradPlan<E> plan(s);
   const int64_t of_output = 9 * (mirrored ? 1 : s.channels), of_channel = 9 * (mirrored ? s.outputs : 1);
-  float staged[kPlacesOf<E> * kLanes * kLanes] = {};  // [place][output][channel]
+  constexpr int64_t kRows = (kPanelRows + kLanes - 1) / kLanes * kLanes;
+  float staged[kPlacesOf<E> * kRows * kLanes] = {};  // [place][output][channel]
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = plan.first_output(s, panel), rows = plan.first_output(s, panel + 1) - first;
     float* u = packed + kPlacesOf<E> * first * s.channels;
@@ -67,21 +68,23 @@ void winograd_pack(const ConvPoolShape& s, const float* weight, bool mirrored, f
           for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = from[offsets[lane]];
           taps[tap] = lanes;
         }
-        transform_weights<E>(taps, staged + k * kLanes, kLanes * kLanes);
+        transform_weights<E>(taps, staged + k * kLanes, kRows * kLanes);
       }
       for (int64_t p = 0; p < kPlacesOf<E>; ++p) {
-        vf block[kLanes];
+        for (int64_t k = 0; k < rows; k += kLanes) {
+          vf block[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = loadu(staged + (p * kLanes + i) * kLanes);
-        transpose<float>(block);
-        // A whole vector reaches into the next channel, which is written afterwards.
-        float* to = u + (p * s.channels + c) * rows;
+          for (int i = 0; i < kLanes; ++i) block[i] = loadu(staged + (p * kRows + k + i) * kLanes);
+          transpose<float>(block);
+          // A whole vector may reach into the next channel, if that is written afterwards.
+          float* to = u + (p * s.channels + c) * rows + k;
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          if (c + i < s.channels - kLanes)
-            storeu(to + i * rows, block[i]);
-          else if (i < channels)
-            store_n(to + i * rows, block[i], rows);
+          for (int i = 0; i < kLanes; ++i) {
+            if (k == 0 && c + i < s.channels - kLanes)
+              storeu(to + i * rows, block[i]);
+            else if (i < channels)
+              store_n(to + i * rows, block[i], rows - k);
+          }
         }
       }
     }
