@@ -45,7 +45,9 @@ class Toy(Classification):
         if self.settings.data:
             raise RecipeError("the toy has no use for --data")
         return Data(
-            {name: range(size) for name, size in self.sizes.items()}, {"classes": {"label": ["down", "up"]}}, {}
+            {name: range(size) for name, size in self.sizes.items()},
+            {"classes": {"label": ["down", "up"]}},
+            {},
         )
 
     def read(self, arguments, facts):
