@@ -289,7 +289,7 @@ def test_weights_are_copied():
 
 
 def test_what_comes_out_is_an_ordinary_module():
-    """The imported module is an ordinary one: it has a state dict, and compiles."""
+    """The imported module is an ordinary one: it has a state dict, and a stock twin."""
     model = sequential(
         (9, 9, 2), layers.Conv2D(4, 3, activation="relu"), layers.MaxPooling2D(), layers.Flatten()
     )
@@ -297,9 +297,9 @@ def test_what_comes_out_is_an_ordinary_module():
     twin = cx.from_keras(model)
     twin.load_state_dict(module.state_dict(), strict=True)
     x = torch.randn(2, 9, 9, 2)
-    compiled = torch.compile(module, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), twin(x))
-    torch.compiler.reset()
+    torch.testing.assert_close(module(x), twin(x))
+    cx.unfuse_(twin)
+    torch.testing.assert_close(module(x), twin(x))
 
 
 # ---- refusals ----

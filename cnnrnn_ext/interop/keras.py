@@ -1,5 +1,7 @@
 """A Keras model as a module of ours: its layers one by one, its weights in torch's order."""
 
+import inspect
+
 from torch import nn
 
 from cnnrnn_ext.interop._keras_layers import is_keras, modules_of, named
@@ -83,5 +85,5 @@ def _absorbed(before, module):
 
 def _set(conv, **options):
     """Other options of activation and pool in a ConvPool."""
-    names = ("activation", "pool", "pool_size", "pool_stride", "pool_padding", "ceil_mode", "precision")
+    names = inspect.signature(conv._set_options).parameters
     conv._set_options(**{name: getattr(conv, name) for name in names} | options)
