@@ -184,7 +184,7 @@ TINY = (
     cases.ConvPoolCase(2, 4, 9, 3),
     cases.ConvPoolCase(2, 3, 8, 5, padding=1),
     cases.ConvPoolCase(2, 5, 9, 3, padding=2, kernel=5, window=3, step=2, margin=1, h=11),
-    cases.ConvPoolCase(2, 9, 8, 5, padding=1, window=1),
+    cases.ConvPoolCase(1, 15, 6, 5, padding=1, window=1),
     cases.ConvPoolCase(2, 4, 20, 3, kernel=5, dims=1),
     TINY_RNN,
     dataclasses.replace(TINY_RNN, cell="gru", layers=2, bidirectional=True, batch_first=True),
