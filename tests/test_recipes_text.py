@@ -257,11 +257,11 @@ def test_predict_reads_texts_standard_input_and_files(trained, tmp_path, capsys,
 
 
 def test_explain_points_at_the_word_that_decided(trained, capsys, monkeypatch):
-    from cnnrnn_ext.recipes import text_pictures
+    from cnnrnn_ext.recipes import drawing_text
 
     drawn = []
-    original = text_pictures.explanation
-    monkeypatch.setattr(text_pictures, "explanation", lambda *args: (drawn.append(args), original(*args)))
+    original = drawing_text.explanation
+    monkeypatch.setattr(drawing_text, "explanation", lambda *args: (drawn.append(args), original(*args)))
     assert run("explain", "text", "purr of 99", "--output", trained) == 0
     assert "cat" in capsys.readouterr().out
     _, _, shown, heat = drawn[0]

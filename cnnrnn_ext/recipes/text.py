@@ -149,7 +149,7 @@ class Text(Classification):
     def explain(self, path, model, batch, name, facts):
         """Integrated gradients of the likeliest label and of its rival, of each token."""
         from cnnrnn_ext import explain
-        from cnnrnn_ext.recipes import text_pictures
+        from cnnrnn_ext.recipes import drawing_text
 
         ids, lengths = batch.inputs
         said = self.predict(model, batch, facts)[0]
@@ -162,5 +162,5 @@ class Text(Classification):
             )
             heat[f"{label} {probability:.1%}"] = values[0].tolist()
         told = f"{name}: {self.describe(said)}"
-        text_pictures.explanation(path, told, shown, heat)
+        drawing_text.explanation(path, told, shown, heat)
         return told

@@ -96,7 +96,7 @@ class Video(Classification):
 
     def draw(self, path, split, names, predictions, facts):
         """A strip of frames for each clip, at most 12."""
-        from cnnrnn_ext.recipes import video_pictures as strips
+        from cnnrnn_ext.recipes import drawing_video as strips
 
         rows = []
         for row, (name, said) in enumerate(zip(names, predictions, strict=True)):
@@ -108,7 +108,7 @@ class Video(Classification):
         strips.clips(path, "What the model says", f"{len(rows)} of {len(names)} clips.", rows)
 
     def pictures(self, folder, model, data, results):
-        from cnnrnn_ext.recipes import video_pictures as strips
+        from cnnrnn_ext.recipes import drawing_video as strips
 
         paths = [*super().pictures(folder, model, data, results), folder / "examples.png"]
         split, facts = data.splits["test"], data.facts
@@ -128,7 +128,7 @@ class Video(Classification):
     def explain(self, path, model, batch, name, facts):
         """Integrated gradients of each head's answer with respect to the pixels."""
         from cnnrnn_ext import explain
-        from cnnrnn_ext.recipes import video_pictures as strips
+        from cnnrnn_ext.recipes import drawing_video as strips
 
         frames, lengths = batch.inputs
         said = self.predict(model, batch, facts)[0]
