@@ -27,6 +27,14 @@ def _toy_is_a_recipe(monkeypatch):
     monkeypatch.setattr(Toy, "seen", [])
 
 
+@pytest.fixture(autouse=True)
+def _interrupts():
+    """Ctrl-C as Python has it, also where the suite's parent ignores it, as a shell's background jobs do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(*options):
     return command.main([str(option) for option in options])
 
