@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from cnnrnn_ext.fuse._stock import CONVOLUTIONS, NORMS, activation_of, pool_of
+from cnnrnn_ext.fuse._stock import NORMS, activation_of, pool_of
 
 UNCALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # they have no forward
 
@@ -163,7 +163,3 @@ def changed_behaviour(module):
     if any(getattr(module, name) for name in hooks):
         return "has hooks"
     return "has a forward of its own" if "forward" in module.__dict__ else None
-
-
-def is_convolution(module):
-    return type(module) in CONVOLUTIONS
