@@ -45,8 +45,8 @@ struct StepOfRow {
 template <typename W>
 struct Narrow;
 
-template <>
-struct Narrow<float> {
+// What weights have in common that are multiplied in float32.
+struct FloatSums {
   using Activation = float;
   using Sum = vf;
   struct Wide {
@@ -54,6 +54,16 @@ struct Narrow<float> {
   };
   static constexpr int64_t kSteps = int64_t{1} << 40;
 
+  static CNNRNN_INLINE Wide load(const Activation* x) { return {loadu(x), loadu(x + kLanes)}; }
+  static CNNRNN_INLINE void add(Sum& sum, const Wide& w, const Wide& x) {
+    sum += w.first * x.first;
+    sum += w.second * x.second;
+  }
+  static CNNRNN_INLINE vf total(Sum sum) { return sum; }
+};
+
+template <>
+struct Narrow<float> : FloatSums {
   static CNNRNN_INLINE Wide widen(const float* w) { return {loadu(w), loadu(w + kLanes)}; }
   static CNNRNN_INLINE Wide only_first(const Wide& w, int64_t n) {
     vi place{};
@@ -61,12 +71,6 @@ struct Narrow<float> {
     const int32_t count = static_cast<int32_t>(n);
     return {place < count ? w.first : vf{}, place + kLanes < count ? w.second : vf{}};
   }
-  static CNNRNN_INLINE Wide load(const Activation* x) { return {loadu(x), loadu(x + kLanes)}; }
-  static CNNRNN_INLINE void add(Sum& sum, const Wide& w, const Wide& x) {
-    sum += w.first * x.first;
-    sum += w.second * x.second;
-  }
-  static CNNRNN_INLINE vf total(Sum sum) { return sum; }
 
   static CNNRNN_INLINE bool prepare(const float* x, int64_t depth, Activation* to, float& scale) {
     for (int64_t k = 0; k < depth; k += kStep) {
@@ -82,14 +86,7 @@ struct Narrow<float> {
 // A vector of words holds two bfloat16 each: the upper half is a float with the lower one cleared, the lower
 // half with a shift. So a step of weights becomes its even and its odd places, and x is parted the same way.
 template <>
-struct Narrow<Bf16> {
-  using Activation = float;
-  using Sum = vf;
-  struct Wide {
-    vf even, odd;
-  };
-  static constexpr int64_t kSteps = int64_t{1} << 40;
-
+struct Narrow<Bf16> : FloatSums {
   static CNNRNN_INLINE Wide widen(const Bf16* w) {
     const vu words = reinterpret_cast<vu>(loadu(reinterpret_cast<const int32_t*>(w)));
     return {reinterpret_cast<vf>(words << 16), reinterpret_cast<vf>(words & 0xffff0000u)};
@@ -98,14 +95,8 @@ struct Narrow<Bf16> {
     vi place{};
     for (int l = 0; l < kLanes; ++l) place[l] = 2 * l;
     const int32_t count = static_cast<int32_t>(n);
-    return {place < count ? w.even : vf{}, place + 1 < count ? w.odd : vf{}};
+    return {place < count ? w.first : vf{}, place + 1 < count ? w.second : vf{}};
   }
-  static CNNRNN_INLINE Wide load(const Activation* x) { return {loadu(x), loadu(x + kLanes)}; }
-  static CNNRNN_INLINE void add(Sum& sum, const Wide& w, const Wide& x) {
-    sum += w.even * x.even;
-    sum += w.odd * x.odd;
-  }
-  static CNNRNN_INLINE vf total(Sum sum) { return sum; }
 
   static CNNRNN_INLINE bool prepare(const float* x, int64_t depth, Activation* to, float& scale) {
     for (int64_t k = 0; k < depth; k += kStep) {
