@@ -46,6 +46,7 @@ ISA_SOURCES = {  # one source a set: the same kernels, compiled once for each
     "csrc/cpu/isa_baseline.cpp": [],
     "csrc/cpu/isa_avx2.cpp": ["-mavx2", "-mfma", "-mbmi2"],
     "csrc/cpu/isa_avx512.cpp": AVX512_FLAGS.split(),
+    "csrc/cpu/isa_amx.cpp": AVX512_FLAGS.split(),
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -10,11 +10,11 @@ template <typename T>
 class RnnBackward {
  public:
   // output, cells and reserve are the forward run's.
-  RnnBackward(const RnnKernels<T>& kernels, Cell cell, const RnnProblem<T>& problem,
-              const RnnGradientsIn<T>& in, const T* output, const T* cells, const T* reserve,
-              const RnnGradientsOut<T>& out)
-      : shared(kernels),
-        k(kernels.cells[cell]),
+  RnnBackward(Cell cell, const RnnProblem<T>& problem, const RnnGradientsIn<T>& in, const T* output,
+              const T* cells, const T* reserve, const RnnGradientsOut<T>& out)
+      : shared(packed_kernels_for<T>(problem.layout.batch)),
+        large(packed_kernels_for<T>(problem.layout.rows)),
+        k(shared.cells[cell]),
         p(problem),
         in(in),
         output(output),
@@ -26,8 +26,9 @@ class RnnBackward {
     const int64_t wide = 4 * shared.lanes;
     hidden_panels_ = ceil_div(H, wide), input_panels_ = ceil_div(p.input, wide);
     // One step whose first state nobody asks about needs no R.
-    if (layout.steps > 1 || out.want_h_0) r_ = scratch_.template take<T>(D * hidden_panels_ * wide * G);
-    if (out.x) w_ = scratch_.template take<T>(D * input_panels_ * wide * G);
+    if (layout.steps > 1 || out.want_h_0)
+      r_ = scratch_.template take<T>(D * shared.packed(hidden_panels_, G));
+    if (out.x) w_ = scratch_.template take<T>(D * large.packed(input_panels_, G));
     d_ = scratch_.template take<T>(D * layout.rows * d_stride());
     zeros_ = scratch_.template take_zeros<T>(k.parts * H);
     start();
@@ -39,8 +40,8 @@ class RnnBackward {
   // Rows of d_ are padded: a power of two would send a column of it to a few sets of the cache.
   int64_t d_stride() const { return k.parts * H + 16; }
   T* d_at(int64_t d, int64_t t) const { return d_ + (d * layout.rows + layout.offset(t)) * d_stride(); }
-  const T* r_at(int64_t d) const { return r_ + d * hidden_panels_ * 4 * shared.lanes * G; }
-  const T* w_at(int64_t d) const { return w_ + d * input_panels_ * 4 * shared.lanes * G; }
+  T* r_at(int64_t d) const { return r_ + d * shared.packed(hidden_panels_, G); }
+  T* w_at(int64_t d) const { return w_ + d * large.packed(input_panels_, G); }
   static const T* weights(const void* w) { return static_cast<const T*>(w); }
 
   // Packs the weights; sets the running gradients.
@@ -50,12 +51,9 @@ class RnnBackward {
     for_workers(workers, [&](int64_t worker) {
       const Share hidden(hidden_panels_, worker, workers), input(input_panels_, worker, workers);
       for (int64_t d = 0; d < D; ++d) {
-        if (r_)
-          shared.pack_columns(weights(p.weight_hh[d]), H, G, H, hidden.first, hidden.last,
-                              const_cast<T*>(r_at(d)));
+        if (r_) shared.pack_columns(weights(p.weight_hh[d]), H, G, H, hidden.first, hidden.last, r_at(d));
         if (out.x)
-          shared.pack_columns(weights(p.weight_ih[d]), p.input, G, p.input, input.first, input.last,
-                              const_cast<T*>(w_at(d)));
+          large.pack_columns(weights(p.weight_ih[d]), p.input, G, p.input, input.first, input.last, w_at(d));
       }
     });
     for (int64_t d = 0; d < D; ++d) {
@@ -76,19 +74,23 @@ class RnnBackward {
   }
 
   void scan() {
-    const int64_t bytes = hidden_panels_ * 4 * shared.lanes * G * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = shared.packed(hidden_panels_, G) * static_cast<int64_t>(sizeof(T));
+    const int64_t member_size = k.scratch(N, 0, H, true);
+    T* const member_scratch = scratch_.template take<T>(torch::stable::get_num_threads() * member_size);
     const ScanPlan plan(p.scan_work(k.gates), D, N, hidden_panels_ * ceil_div(N, shared.tile_rows),
                         shared.tile_rows, bytes);
-    plan.run(
-        layout.steps, D, layout,
-        [&](int64_t s, int64_t d, int64_t row, int64_t last, int64_t worker, int64_t of, int64_t directions) {
-          const int64_t step = layout.steps - 1 - s;
-          const int64_t rows = std::min(last, layout.size(layout.time(d, step))) - row;
-          if (rows <= 0) return;
-          const Share share =
-              direction_share(hidden_panels_ * ceil_div(rows, shared.tile_rows), d, directions, worker, of);
-          k.backward(make_step(step, d, row, rows), share.first, share.last);
-        });
+    plan.run(layout.steps, D, layout,
+             [&](int64_t member, int64_t s, int64_t d, int64_t row, int64_t last, int64_t worker, int64_t of,
+                 int64_t directions) {
+               const int64_t step = layout.steps - 1 - s;
+               const int64_t rows = std::min(last, layout.size(layout.time(d, step))) - row;
+               if (rows <= 0) return;
+               const Share share = direction_share(hidden_panels_ * ceil_div(rows, shared.tile_rows), d,
+                                                   directions, worker, of);
+               RnnBackwardStep<T> back = make_step(step, d, row, rows);
+               back.scratch = member_scratch + member * member_size;
+               k.backward(back, share.first, share.last);
+             });
   }
 
   RnnBackwardStep<T> make_step(int64_t step, int64_t d, int64_t row, int64_t rows) const {
@@ -123,12 +125,14 @@ class RnnBackward {
     const double work = p.scan_work(k.gates) + 2 * p.input_work(k.gates);
     const int64_t workers = threads_for(work, ceil_div(G, shared.tile_rows));
     std::vector<T*> slabs(workers);
-    for (T*& slab : slabs) slab = scratch_.template take<T>(shared.product_scratch);
+    const int64_t slab_size =
+        std::max({large.product_scratch, large.multiply_scratch(G), shared.multiply_scratch(G)});
+    for (T*& slab : slabs) slab = scratch_.template take<T>(slab_size);
     for (int64_t d = 0; d < D; ++d) list_states(d);
     for_workers(workers, [&](int64_t worker) {
       for (int64_t d = 0; d < D; ++d) {
-        if (out.x) grad_input(d, worker, workers);
-        if (out.want_h_0) grad_state(d, worker, workers);
+        if (out.x) grad_input(d, worker, workers, slabs[worker]);
+        if (out.want_h_0) grad_state(d, worker, workers, slabs[worker]);
         // Without input grad_weight_ih is empty, its address null, and grad_weight_hh still wanted.
         if (out.weight_hh[d]) grad_weights(d, worker, workers, slabs[worker]);
         if (out.bias_ih[d]) grad_bias(d, worker, workers);
@@ -166,14 +170,27 @@ class RnnBackward {
   }
 
   // grad_x (+)= d * W
-  void grad_input(int64_t d, int64_t worker, int64_t workers) const {
+  void grad_input(int64_t d, int64_t worker, int64_t workers, T* slab) const {
     Product<T> x{};
-    x.rows = layout.rows, x.columns = p.input, x.depth = G;
+    x.rows = layout.rows, x.columns = p.input, x.depth = x.a_split = G;
     x.a = d_ + d * layout.rows * d_stride(), x.a_row = d_stride(), x.a_depth = 1;
     x.b = w_at(d);
     x.c = out.x, x.c_stride = p.input, x.accumulate = d > 0;
-    const Share share(input_panels_ * ceil_div(x.rows, shared.band_rows), worker, workers);
-    shared.multiply(x, share.first, share.last);
+    const Share share(input_panels_ * ceil_div(x.rows, large.band_rows), worker, workers);
+    large.multiply(x, share.first, share.last, slab);
+  }
+
+  // grad_h_0 += d of the first step * R. The state's parts of d are those of the joint gates, then, behind
+  // the other gates' input parts, those that stand apart.
+  void grad_state(int64_t d, int64_t worker, int64_t workers, T* slab) const {
+    Product<T> h{};
+    h.rows = N, h.columns = H, h.depth = G;
+    h.a_rows = d_first_[d].data(), h.a_depth = 1;
+    h.a_split = k.joint * H, h.a_skip = (k.gates - k.joint) * H;
+    h.b = r_at(d);
+    h.c = out.h_0 + p.state_offset(d), h.c_stride = H, h.accumulate = true;
+    const Share share(hidden_panels_ * ceil_div(N, shared.band_rows), worker, workers);
+    shared.multiply(h, share.first, share.last, slab);
   }
 
   // Calls f(first gate, gates, their first part) for the state's parts of the gates: the joint ones, then
@@ -184,25 +201,6 @@ class RnnBackward {
     if (k.joint < k.gates) f(int64_t{k.joint}, int64_t{k.gates - k.joint}, int64_t{k.gates});
   }
 
-  // grad_h_0 += d of the first step * R
-  void grad_state(int64_t d, int64_t worker, int64_t workers) const {
-    for_state_parts([&](int64_t gate, int64_t gates, int64_t part) {
-      std::vector<const T*> rows(N);
-      for (int64_t n = 0; n < N; ++n) rows[n] = d_first_[d][n] == zeros_ ? zeros_ : d_first_[d][n] + part * H;
-      // A packed panel of R holds all gates: the product goes panel by panel.
-      const Share share(hidden_panels_, worker, workers);
-      for (int64_t panel = share.first; panel < share.last; ++panel) {
-        const int64_t wide = 4 * shared.lanes, column = panel * wide;
-        Product<T> h{};
-        h.rows = N, h.columns = std::min(H - column, wide), h.depth = gates * H;
-        h.a_rows = rows.data(), h.a_depth = 1;
-        h.b = r_at(d) + (panel * G + gate * H) * wide;
-        h.c = out.h_0 + p.state_offset(d) + column, h.c_stride = H, h.accumulate = true;
-        shared.multiply(h, 0, ceil_div(N, shared.band_rows));
-      }
-    });
-  }
-
   // grad_W = d^T x; grad_R = d^T h, h the states before.
   void grad_weights(int64_t d, int64_t worker, int64_t workers, T* slab) const {
     Product<T> w{};
@@ -210,15 +208,15 @@ class RnnBackward {
     w.a = d_ + d * layout.rows * d_stride(), w.a_row = 1, w.a_depth = d_stride();
     w.b = p.x, w.b_stride = p.input;
     w.c = out.weight_ih[d], w.c_stride = p.input;
-    Share share(input_panels_ * ceil_div(w.rows, shared.row_block), worker, workers);
-    shared.multiply_unpacked(w, share.first, share.last, slab);
+    Share share(input_panels_ * ceil_div(w.rows, large.row_block), worker, workers);
+    large.multiply_unpacked(w, share.first, share.last, slab);
     for_state_parts([&](int64_t gate, int64_t gates, int64_t part) {
       Product<T> r = w;
       r.rows = gates * H, r.columns = H, r.a += part * H;
       r.b = nullptr, r.b_rows = h_before_[d].data();
       r.c = out.weight_hh[d] + gate * H * H, r.c_stride = H;
-      const Share part_share(hidden_panels_ * ceil_div(r.rows, shared.row_block), worker, workers);
-      shared.multiply_unpacked(r, part_share.first, part_share.last, slab);
+      const Share part_share(hidden_panels_ * ceil_div(r.rows, large.row_block), worker, workers);
+      large.multiply_unpacked(r, part_share.first, part_share.last, slab);
     });
   }
 
@@ -226,14 +224,14 @@ class RnnBackward {
     const T* rows = d_ + d * layout.rows * d_stride();
     const auto sum = [&](int64_t gate, int64_t gates, int64_t part, T* bias) {
       const Share share(gates * H, worker, workers);
-      shared.sum_rows(rows + part * H, d_stride(), layout.rows, share.first, share.last, bias + gate * H);
+      large.sum_rows(rows + part * H, d_stride(), layout.rows, share.first, share.last, bias + gate * H);
     };
     sum(0, k.gates, 0, out.bias_ih[d]);
     for_state_parts(
         [&](int64_t gate, int64_t gates, int64_t part) { sum(gate, gates, part, out.bias_hh[d]); });
   }
 
-  const RnnKernels<T>& shared;
+  const RnnKernels<T>&shared, &large;  // for the scan and all that reads R; for products of all rows
   const CellKernels<T>& k;
   const RnnProblem<T>& p;
   const RnnGradientsIn<T>& in;

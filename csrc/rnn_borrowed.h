@@ -34,8 +34,7 @@ bool borrowed_rnn(StableIValue* stack) {
       !in.list(kBias, b_ih, biases) || !in.list(kBias + 1, b_hh, biases_hh))
     return false;
   if (kNarrow && (!in.list(6, scale_ih, scales) || !in.list(7, scale_hh, scales_hh))) return false;
-  const RnnKernels<float>& kernels = CNNRNN_ACTIVE_TABLE(rnn).f32;
-  const CellKernels<float>& k = kernels.cells[cell];
+  const CellKernels<float>& k = rnn_kernels().f32.cells[cell];
   if (D < 1 || count_ih != D || (biases != 0 && biases != D) || biases_hh != biases || w_hh[0].dims != 2 ||
       (scales != 0 && scales != D) || scales_hh != scales)
     return false;
@@ -61,7 +60,7 @@ bool borrowed_rnn(StableIValue* stack) {
     to.c_n = push(out[2], {D, N, H});
   else
     push(out[2], {0});
-  RnnForward<float>(kernels, cell, p, to).run();
+  RnnForward<float>(cell, p, to).run();
   in.release(kNarrow ? "stoollllllooo" : "stoollllooo");
   std::copy(out, out + 3, stack);
   return true;
@@ -75,8 +74,7 @@ struct OneDirection {
   int64_t T = 1, N, I, H, G;
   bool sequence;  // x [T, N, I] and states [1, N, H]; else x [N, I] and states [N, H]
 
-  const RnnKernels<float>& kernels() const { return CNNRNN_ACTIVE_TABLE(rnn).f32; }
-  const CellKernels<float>& k() const { return kernels().cells[cell]; }
+  const CellKernels<float>& k() const { return rnn_kernels().f32.cells[cell]; }
 
   // The arguments from the cell's name on: whether they are for us.
   bool look(const BorrowedArguments& in, int at, bool is_sequence) {
@@ -121,7 +119,7 @@ inline bool borrowed_rnn_layer(StableIValue* stack) {
     to.c_n = push(out[2], {1, o.N, o.H});
   else
     push(out[2], {0});
-  RnnForward<float>(o.kernels(), o.cell, p, to).run();
+  RnnForward<float>(o.cell, p, to).run();
   in.release("stoottoo");
   std::copy(out, out + 3, stack);
   return true;
@@ -145,7 +143,7 @@ bool borrowed_rnn_cell(StableIValue* stack) {
   else
     push(out[1], {0});
   if (kTrain) to.reserve = push(out[2], {o.N, o.k().kept, o.H});
-  RnnForward<float>(o.kernels(), o.cell, p, to).run();
+  RnnForward<float>(o.cell, p, to).run();
   in.release(kNarrow ? "stoottoooo" : "stoottoo");
   std::copy(out, out + 2 + kTrain, stack);
   return true;
@@ -186,9 +184,7 @@ inline bool borrowed_rnn_cell_backward(StableIValue* stack) {
   Scratch scratch;
   if (!to.h_0) to.h_0 = scratch.take<float>(o.N * o.H);
   if (!to.c_0 && has_c) to.c_0 = scratch.take<float>(o.N * o.H);
-  RnnBackward<float>(o.kernels(), o.cell, p, from, h_1.data(), has_c ? c_1.data() : nullptr, reserve.data(),
-                     to)
-      .run();
+  RnnBackward<float>(o.cell, p, from, h_1.data(), has_c ? c_1.data() : nullptr, reserve.data(), to).run();
   in.release("oostoottoottt");
   std::copy(out, out + 7, stack);
   return true;

@@ -29,7 +29,7 @@ void run_forward(const RnnOperands& o, const Results& r, bool last_states, bool 
                                mutable_data_if<T>(c && (last_states || !train), r.c_n),
                                mutable_data_if<T>(c && train, r.cells), mutable_data_if<T>(train, r.reserve)};
     const RnnProblem<T> problem = o.problem<T>();
-    RnnForward<T>(rnn_kernels_of<T>(), o.cell, problem, out).run();
+    RnnForward<T>(o.cell, problem, out).run();
   });
 }
 
@@ -243,8 +243,8 @@ Gradients backward(const RnnOperands& o, const Incoming& in, const Tensor& outpu
       if (want.bias) to.bias_ih[d] = mutable_data<T>(grad.bias_ih[d]);
       if (want.bias) to.bias_hh[d] = mutable_data<T>(grad.bias_hh[d]);
     }
-    RnnBackward<T>(rnn_kernels_of<T>(), o.cell, problem, from, data<T>(output),
-                   o.has_c() ? data<T>(cells) : nullptr, data<T>(reserve), to)
+    RnnBackward<T>(o.cell, problem, from, data<T>(output), o.has_c() ? data<T>(cells) : nullptr,
+                   data<T>(reserve), to)
         .run();
   });
   if (o.lengths) {

@@ -8,19 +8,20 @@ namespace cnnrnn {
 template <typename T>
 class RnnForward {
  public:
-  RnnForward(const RnnKernels<T>& kernels, Cell cell, const RnnProblem<T>& problem, const RnnOutputs<T>& out)
-      : k(kernels.cells[cell]), p(problem), out(out) {
+  RnnForward(Cell cell, const RnnProblem<T>& problem, const RnnOutputs<T>& out)
+      : narrow_(problem.weights != Weights::kElement),
+        few_(problem.layout.rows <= (problem.layout.steps == 1 ? kDirectStepRows : kDirectRows)),
+        direct_(few_ || problem.layout.batch <= kDirectBatch || narrow_),
+        k((direct_ ? rnn_kernels_of<T>() : packed_kernels_for<T>(problem.layout.batch)).cells[cell]),
+        p(problem),
+        out(out) {
     work_ = p.scan_work(k.gates) + p.input_work(k.gates);
     workers_ = threads_for(work_, D * panels_ * ceil_div(std::max<int64_t>(layout.rows, 1), k.tile_rows));
-    // Packing costs as much as the product of some rows: it reads the weights and writes as much to memory.
-    const bool few = layout.rows <= (layout.steps == 1 ? kDirectStepRows : kDirectRows);
-    narrow_ = p.weights != Weights::kElement;
-    direct_ = few || N <= kDirectBatch || narrow_;
     // x * W inside the scan's steps if the weights stay in cache from step to step or many rows share what is
     // read, else as large products ahead of it: there a panel of W serves the rows of many steps.
     const int64_t weight_bytes = D * packed(p.input + H) * static_cast<int64_t>(sizeof(T));
     const bool shared = N >= kFusedRows || (N >= k.tile_rows && weight_bytes / workers_ <= kCachedBytes);
-    fused_ = few || (!direct_ && (layout.steps == 1 || shared));
+    fused_ = few_ || (!direct_ && (layout.steps == 1 || shared));
   }
 
   // Whether narrow weights are read as they come: int8 by faster kernels than packed ones are, until these
@@ -39,6 +40,10 @@ class RnnForward {
     chunk_ = fused_ ? layout.steps : std::max(kProjectedBytes / step_bytes, enough_rows);
     chunk_ = std::min(std::max<int64_t>(chunk_, 1), layout.steps);
     if (!fused_ && !projects_in_place()) projected_ = scratch_.template take<T>(D * chunk_ * N * k.gates * H);
+    if (!direct_) {
+      member_size_ = k.scratch(N, p.input, H, false);
+      member_scratch_ = scratch_.template take<T>(torch::stable::get_num_threads() * member_size_);
+    }
     for (from_ = 0; from_ < layout.steps; from_ += chunk_) {
       count_ = std::min(chunk_, layout.steps - from_);
       if (!fused_) project();
@@ -48,11 +53,12 @@ class RnnForward {
   }
 
  private:
-  // So few rows in all, or in a step, that reading the weights as they come is faster than packing them.
+  // So few rows in all, or in a step, that reading the weights as they come is faster than packing them,
+  // which reads the weights and writes as much to memory.
   static constexpr int64_t kDirectRows = 16, kDirectStepRows = 64, kDirectBatch = 1;
   static constexpr int64_t kFusedRows = 16;
 
-  int64_t packed(int64_t depth) const { return panels_ * k.gates * k.panel_units * depth; }
+  int64_t packed(int64_t depth) const { return k.packed(panels_, depth); }
 
   void pack() {
     if (!narrow_ && (!fused_ || !direct_)) w_ = scratch_.template take<T>(D * packed(p.input));
@@ -101,6 +107,7 @@ class RnnForward {
         step.x = p.x + first * p.input, step.x_stride = p.input;
         step.w = narrow_ ? p.weight_ih[d] : w_ + d * packed(p.input), step.scale_ih = p.scale_ih[d];
         step.projection = projection_at(d, t), step.projection_stride = projection_stride();
+        step.scratch = member_scratch(worker);
         const Share share(panels_ * (narrow_ ? 1 : ceil_div(step.rows, k.band_rows)), worker, workers_);
         project(step, share.first, share.last);
       }
@@ -117,15 +124,20 @@ class RnnForward {
                         : p.weights == Weights::kBf16 ? k.forward_bf16
                         : p.weights == Weights::kInt8 ? k.forward_int8
                                                       : k.forward_direct;
-    plan.run(
-        count_, D, layout,
-        [&](int64_t s, int64_t d, int64_t row, int64_t last, int64_t worker, int64_t of, int64_t directions) {
-          const int64_t rows = std::min(last, layout.size(layout.time(d, from_ + s))) - row;
-          if (rows <= 0) return;
-          const Share share = direction_share(scan_tasks(rows), d, directions, worker, of);
-          kernel(make_step(s, d, row, rows), share.first, share.last);
-        });
+    plan.run(count_, D, layout,
+             [&](int64_t member, int64_t s, int64_t d, int64_t row, int64_t last, int64_t worker, int64_t of,
+                 int64_t directions) {
+               const int64_t rows = std::min(last, layout.size(layout.time(d, from_ + s))) - row;
+               if (rows <= 0) return;
+               const Share share = direction_share(scan_tasks(rows), d, directions, worker, of);
+               RnnForwardStep<T> step = make_step(s, d, row, rows);
+               step.scratch = member_scratch(member);
+               kernel(step, share.first, share.last);
+             });
   }
+
+  // A worker's, for kernels that prepare what they multiply.
+  T* member_scratch(int64_t member) const { return member_scratch_ + member * member_size_; }
 
   RnnForwardStep<T> make_step(int64_t s, int64_t d, int64_t row, int64_t rows) const {
     const int64_t t = layout.time(d, from_ + s), at = layout.offset(t) + row;
@@ -183,6 +195,7 @@ class RnnForward {
       std::memset(to, 0, bytes);
   }
 
+  const bool narrow_, few_, direct_;
   const CellKernels<T>& k;
   const RnnProblem<T>& p;
   const RnnOutputs<T>& out;
@@ -191,7 +204,7 @@ class RnnForward {
   const int64_t panels_ = ceil_div(H, k.panel_units);
   double work_;
   int64_t workers_, chunk_ = 0, from_ = 0, count_ = 0;
-  bool direct_, fused_, narrow_;
+  bool fused_;
   // Calls take turns too: a stream of single steps finds in cache what the call before has read last.
   const int64_t turn_ = next_turn();
   static int64_t next_turn() {
@@ -199,6 +212,8 @@ class RnnForward {
     return turn ^= 1;
   }
   T *w_ = nullptr, *r_ = nullptr, *bias_ = nullptr, *projected_ = nullptr, *zeros_ = nullptr;
+  T* member_scratch_ = nullptr;
+  int64_t member_size_ = 0;
   Scratch scratch_;
 };
 

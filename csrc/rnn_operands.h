@@ -14,16 +14,6 @@ namespace cnnrnn {
 
 using Tensors = std::vector<Tensor>;
 
-inline const RnnTable& rnn_kernels() { return CNNRNN_ACTIVE_TABLE(rnn); }
-
-template <typename T>
-const RnnKernels<T>& rnn_kernels_of() {
-  if constexpr (sizeof(T) == sizeof(float))
-    return rnn_kernels().f32;
-  else
-    return rnn_kernels().f64;
-}
-
 inline Cell cell_of(const std::string& name) {
   if (name == "lstm") return kLstm;
   if (name == "gru") return kGru;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/capability.h"
 #include "cpu/rnn.h"
 #include "rnn_layout.h"
 #include "rnn_schedule.h"
@@ -56,6 +57,32 @@ struct RnnProblem {
     count = layout.size(border) - row;
   }
 };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline const RnnTable& rnn_kernels() { return CNNRNN_ACTIVE_TABLE(rnn); }
+
+template <typename T>
+const RnnKernels<T>& rnn_kernels_of() {
+  if constexpr (sizeof(T) == sizeof(float))
+    return rnn_kernels().f32;
+  else
+    return rnn_kernels().f64;
+}
+
+// The kernels for products of `rows` rows at a time with packed weights: on tile registers where the machine
+// has them and the rows fill tiles of 16 well enough. Ill filled they cost as much as full ones.
+template <typename T>
+const RnnKernels<T>& packed_kernels_for(int64_t rows) {
+  constexpr int64_t kLeast = 12, kTile = 16;
+  if constexpr (sizeof(T) == sizeof(float)) {
+#if defined(__x86_64__)
+    const bool filled = rows >= kLeast && 4 * rows >= 3 * ceil_div(rows, kTile) * kTile;
+    if (active_isa() == Isa::kAmx && filled) return rnn_amx_float32;
+#endif
+  }
+  return rnn_kernels_of<T>();
+}
 
 template <typename T>
 struct RnnOutputs {
@@ -127,8 +154,6 @@ class Scratch {
   std::vector<Block> blocks_;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The bytes of weights that a core can hope to find in its second-level cache at every step.
 constexpr int64_t kCachedBytes = 768 << 10;
 
@@ -148,14 +173,15 @@ struct ScanPlan {
     independent = rows_suffice && cached;
   }
 
-  // f(step, direction, first row, last row, worker of workers that share these rows, directions they share)
+  // f(member, step, direction, first row, last row, worker of workers that share these rows, directions they
+  // share)
   template <typename F>
   void run(int64_t steps, int64_t directions, const Layout& layout, const F& f) const {
     if (!independent) {
       Lockstep::run(steps, members, [&](int64_t step, int64_t member) {
         // Work is numbered through both directions; each gets the part of the share that falls into it.
         for (int64_t d = 0; d < directions; ++d)
-          f(step, d, int64_t{0}, layout.batch, member, members, directions);
+          f(member, step, d, int64_t{0}, layout.batch, member, members, directions);
       });
       return;
     }
@@ -166,7 +192,7 @@ struct ScanPlan {
       const int64_t d_last = direction_parts == 2 ? d_first + 1 : directions;
       for (int64_t d = d_first; d < d_last; ++d)
         for (int64_t step = 0; step < steps; ++step)
-          f(step, d, first, last, int64_t{0}, int64_t{1}, int64_t{1});
+          f(member, step, d, first, last, int64_t{0}, int64_t{1}, int64_t{1});
     });
   }
 };

@@ -154,7 +154,7 @@ def test_libraries_and_their_flags(checkout):
     for source, command in compiled.items():
         assert "-march=native" not in command
         wide = any(flag in command for flag in ("-mavx", "-mfma", "-mbmi"))
-        assert wide == (source in ("isa_avx2.cpp", "isa_avx512.cpp")), source
+        assert wide == (source in ("isa_avx2.cpp", "isa_avx512.cpp", "isa_amx.cpp")), source
     for source in ("ops.cpp", "conv_pool_cpu.cpp", "rnn_cpu.cpp"):
         assert "-DTORCH_TARGET_VERSION=0x020a000000000000ULL" in compiled[source]
     assert "torch" not in compiled["module.cpp"].replace("CNNRNN_TORCH", "").split("-DCNNRNN_COMPILER")[0]

@@ -24,7 +24,7 @@ from _oracle import (
 import cnnrnn_ext as cx
 from cnnrnn_ext import _library
 
-ISAS = ("baseline", "avx2", "avx512")  # narrow to wide
+ISAS = ("baseline", "avx2", "avx512", "amx")  # narrow to wide
 PACKAGE_ROOT = Path(cx.__file__).parent.parent
 THREADS = (1, 2, 4)
 
@@ -88,8 +88,8 @@ from cnnrnn_ext import _library
 torch.manual_seed(0)
 torch.set_num_threads(1)
 modules = {"conv": (cx.ConvPool2d(3, 32, 3), (4, 3, 20, 21)),
-           "lstm": (cx.LSTM(37, 50), (6, 5, 37)), "gru": (cx.GRU(37, 50), (6, 5, 37)),
-           "rnn": (cx.RNN(37, 50), (6, 5, 37)), "lstm, one row": (cx.LSTM(37, 50), (30, 1, 37))}
+           "lstm": (cx.LSTM(37, 50), (6, 13, 37)), "gru": (cx.GRU(37, 50), (6, 13, 37)),
+           "rnn": (cx.RNN(37, 50), (6, 13, 37)), "lstm, one row": (cx.LSTM(37, 50), (30, 1, 37))}
 values = {}
 with cx.trace() as log:
     for name, (module, shape) in modules.items():

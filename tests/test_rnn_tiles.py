@@ -29,6 +29,7 @@ def test_tiles_of_512_bits(compiled, tmp_path):
         *FLAGS,
         *wide,
         "-DCNNRNN_EMULATE_512",
+        "-DCNNRNN_EMULATE_AMX",
         f"-I{ROOT / 'csrc' / 'cpu'}",
         source,
         "-o",

@@ -1,7 +1,8 @@
 // The recurrent CPU kernels as the host files see them: raw pointers, sizes, one table per instruction set.
 //
 // Every matrix product is rows of A times a packed panel of B: some vectors of columns side by side,
-// [K][vectors][lanes], so that a tile of rows x vectors of accumulators reads B with unit stride. Work is cut
+// [K][vectors][lanes] (or as tile registers want it: split.h), so that a tile of rows x vectors of
+// accumulators reads B with unit stride. Work is cut
 // into tasks, numbered panel by panel and, within a panel, from one tile of rows to the next; a caller may
 // hand any range of tasks to any thread: the same tasks give the same bits.
 //
@@ -33,9 +34,9 @@ struct RnnForwardStep {
   bool projected;  // `projection` holds x * W already; x and w are not read
   const T* x;      // [rows, input]
   int64_t x_stride;
-  const void* w;  // packed [panels][input][vectors][lanes] of T; direct: [G, hidden, input] as it comes
-  const void* r;  // packed [panels][hidden][vectors][lanes] of T; direct: [G, hidden, hidden]
-  const T* bias;  // [panels][P][panel_units], or null
+  const void* w;                 // packed panels of depth `input`; direct: [G, hidden, input] as it comes
+  const void* r;                 // packed panels of depth `hidden`; direct: [G, hidden, hidden]
+  const T* bias;                 // [panels][P][panel_units], or null
   const T *bias_ih, *bias_hh;    // [G, hidden], or null: for the direct kernels in place of `bias`
   const T *scale_ih, *scale_hh;  // [G, hidden], or null: of the rows of narrow weights
   StateRows<T> h, c;
@@ -47,6 +48,7 @@ struct RnnForwardStep {
   int64_t c_out_stride;
   T* h_out;  // [rows, hidden]; not where h comes from
   int64_t h_out_stride;
+  T* scratch;  // CellKernels::scratch elements, nobody else's during the call
 };
 
 // One step of the scan back. Panels hold 4 * lanes hidden units.
@@ -60,7 +62,7 @@ struct RnnBackwardStep {
   const uint8_t* next_reset;  // [next_flagged], or null: the step later did not see this row's state
   int64_t next_flagged;
   const T* zeros;  // [P * hidden]
-  const T* r;      // packed [panels][G * hidden][4 * lanes]
+  const T* r;      // packed columns of depth G * hidden
   const T* dh_1;   // [rows, hidden], or null: gradient of the output
   int64_t dh_1_stride;
   const T* dh_n;  // [rows, hidden], or null: gradient of the last state, for the rows from `continued` on
@@ -78,6 +80,7 @@ struct RnnBackwardStep {
   int64_t c_now_stride;
   StateRows<T> h, c;  // before this step
   T* d;               // [rows, P, hidden]
+  T* scratch;         // CellKernels::scratch elements, nobody else's during the call
 };
 
 // C (+)= A B for one or more panels of B.
@@ -86,8 +89,9 @@ struct Product {
   int64_t rows, columns, depth;
   const T* a;  // element (r, k) at a[r * a_row + k * a_depth]; one of the two strides is 1
   int64_t a_row, a_depth;
-  const T* const* a_rows;  // where each row of A begins, or null
-  const T* b;              // packed panels, or row-major [depth, columns]
+  const T* const* a_rows;   // where each row of A begins, or null
+  int64_t a_split, a_skip;  // multiply: from depth a_split on, a row goes on a_skip elements further
+  const T* b;               // packed panels, or row-major [depth, columns]
   int64_t b_stride;
   const T* const* b_rows;  // where each row of an unpacked B begins, or null
   T* c;                    // [rows, columns]
@@ -101,7 +105,10 @@ struct CellKernels {
   int joint;  // the first gates, whose input and state parts are one; the others' state parts stand last
   bool has_c, has_carry;
   int panel_units, tile_rows, band_rows;
-  // w [G * hidden][depth] to panels [first, last) of [panels][depth][vectors][lanes].
+  int64_t (*packed)(int64_t panels, int64_t depth);  // elements that packed weights take
+  // Elements of scratch memory that a step of `rows` rows needs, forward (input 0 where projected) or back.
+  int64_t (*scratch)(int64_t rows, int64_t input, int64_t hidden, bool backward);
+  // w [G * hidden][depth] to panels [first, last).
   void (*pack_gates)(const T* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out);
   void (*pack_bias)(const T* ih, const T* hh, int64_t hidden, T* out);
   // projection = x * W. Tasks: bands of band_rows rows x panels.
@@ -123,12 +130,15 @@ enum Cell { kLstm, kGru, kRnnTanh, kRnnRelu, kCells };
 template <typename T>
 struct RnnKernels {
   int lanes, tile_rows, band_rows;
-  int64_t row_block;  // rows of one task of multiply_unpacked
-  // b [depth][columns] row-major to panels [first, last) of [ceil(columns / (4 * lanes))][depth][4 * lanes].
+  int64_t row_block;                                 // rows of one task of multiply_unpacked
+  int64_t (*packed)(int64_t panels, int64_t depth);  // elements that packed columns take
+  // b [depth][columns] row-major to panels [first, last) of 4 * lanes columns.
   void (*pack_columns)(const T* b, int64_t stride, int64_t depth, int64_t columns, int64_t first,
                        int64_t last, T* out);
-  // b packed beforehand, a contiguous by row. Tasks: bands of band_rows rows x panels.
-  void (*multiply)(const Product<T>& product, int64_t first, int64_t last);
+  // b packed beforehand, a contiguous by row. Tasks: bands of band_rows rows x panels. `scratch` holds
+  // multiply_scratch(depth) elements, one for each thread.
+  void (*multiply)(const Product<T>& product, int64_t first, int64_t last, T* scratch);
+  int64_t (*multiply_scratch)(int64_t depth);
   // b row-major, a contiguous by column; `scratch` holds product_scratch elements, one for each thread.
   // Tasks: panels x blocks of row_block rows.
   void (*multiply_unpacked)(const Product<T>& product, int64_t first, int64_t last, T* scratch);
@@ -144,5 +154,8 @@ struct RnnTable {
 };
 
 extern const RnnTable rnn_baseline, rnn_avx2, rnn_avx512;
+
+// On tile registers: beside rnn_avx512, for as many rows as fill a tile. The direct kernels are missing.
+extern const RnnKernels<float> rnn_amx_float32, rnn_amx_bfloat16;
 
 }  // namespace cnnrnn

@@ -128,8 +128,6 @@ struct DirectGroups {
   }
 };
 
-CNNRNN_INLINE int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
-
 // Prepared rows live on the stack.
 constexpr int64_t kPreparedBytes = 128 << 10;
 

@@ -16,6 +16,7 @@ constexpr cnnrnn::CellKernels<T> cell_kernels() {
   k.has_c = Cell::kHasC, k.has_carry = Cell::kHasCarry;
   k.panel_units = kPanelUnits<T, Cell>, k.tile_rows = kForwardRows<Cell>;
   k.band_rows = kBandRows<kVectorsOf<Cell>>;
+  k.packed = packed_gates<T, Cell>, k.scratch = [](int64_t, int64_t, int64_t, bool) { return int64_t{0}; };
   k.pack_gates = pack_gates<T, Cell>, k.pack_bias = pack_bias<T, Cell>;
   k.project = project<T, Cell>, k.forward = forward_step<T, Cell>, k.backward = backward_step<T, Cell>;
   k.forward_direct = forward_direct<T, Cell>;
@@ -32,8 +33,10 @@ constexpr cnnrnn::RnnKernels<T> rnn_kernels() {
           kTileRows,
           kBandRows<4>,
           kRowBlock,
+          packed_columns<T>,
           pack_columns<T>,
           multiply_packed<T>,
+          [](int64_t) { return int64_t{0}; },
           multiply_unpacked<T>,
           kProductScratch<T>,
           sum_rows<T>,

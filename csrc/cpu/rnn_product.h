@@ -46,6 +46,16 @@ void pack_columns(const T* b, int64_t stride, int64_t depth, int64_t columns, in
     pack_panel<T>({b, stride, nullptr}, 0, depth, columns, p * kPanel<T>, out + p * depth * kPanel<T>);
 }
 
+template <typename T>
+int64_t packed_columns(int64_t panels, int64_t depth) {
+  return panels * depth * kPanel<T>;
+}
+
+template <typename T, typename Cell>
+int64_t packed_gates(int64_t panels, int64_t depth) {
+  return panels * depth * kVectorsOf<Cell> * kLanesOf<T>;
+}
+
 template <typename T, typename Cell>
 void pack_gates(const T* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out) {
   constexpr int L = kLanesOf<T>, U = Cell::kUnitVectors, V = kVectorsOf<Cell>;
@@ -110,7 +120,7 @@ struct ProductColumns {
 
 // Tasks: bands of rows x panels of B.
 template <typename T>
-void multiply_packed(const Product<T>& p, int64_t first, int64_t last) {
+void multiply_packed(const Product<T>& p, int64_t first, int64_t last, T*) {
   const int64_t panels = (p.columns + kPanel<T> - 1) / kPanel<T>;
   for_panels_of_bands<4>(p.rows, panels, first, last, [&](int64_t panel, int64_t row, int64_t rows) {
     const int64_t column = panel * kPanel<T>;
@@ -118,9 +128,13 @@ void multiply_packed(const Product<T>& p, int64_t first, int64_t last) {
                                   p.accumulate};
     const T* a[kBandRows<4>];
     for (int64_t r = 0; r < rows; ++r) a[r] = p.a_rows ? p.a_rows[row + r] : p.a + (row + r) * p.a_row;
+    const T* b = p.b + panel * p.depth * kPanel<T>;
     BandSums<T, 4> sums;
-    multiply_band(sums, rows, a, p.b + panel * p.depth * kPanel<T>, p.depth, Into::kSet,
-                  [&](int64_t r) { to.prefetch_row(r); });
+    multiply_band(sums, rows, a, b, p.a_split, Into::kSet, [&](int64_t r) { to.prefetch_row(r); });
+    if (p.a_split < p.depth) {
+      for (int64_t r = 0; r < rows; ++r) a[r] += p.a_split + p.a_skip;
+      multiply_band(sums, rows, a, b + p.a_split * kPanel<T>, p.depth - p.a_split, Into::kAdd);
+    }
     for (int64_t r = 0; r < rows; ++r) to.store(r, sums.of[r]);
   });
 }

@@ -19,44 +19,59 @@ CNNRNN_INLINE const T* panel_of(const void* packed, int64_t panel, int64_t depth
   return static_cast<const T*>(packed) + panel * depth * kVectorsOf<Cell> * kLanesOf<T>;
 }
 
-template <typename T, typename Cell, typename Prefetch>
-CNNRNN_INLINE void input_product(const RnnForwardStep<T>& s, int64_t panel, int64_t first, int64_t rows,
-                                 BandSums<T, kVectorsOf<Cell>>& sums, const Prefetch& prefetch) {
-  const T* x[kBandRows<kVectorsOf<Cell>>];
-  for (int64_t r = 0; r < rows; ++r) x[r] = s.x + (first + r) * s.x_stride;
-  multiply_band(sums, rows, x, panel_of<T, Cell>(s.w, panel, s.input), s.input, Into::kSet, prefetch);
-}
-
-// x * W only. The result waits in `projection` until the scan reaches its time step.
+// The two products of a forward step, from rows and panels of T as they are. Bands reach a step's operands
+// through this or its like, so that gate arithmetic stands once for every way to multiply.
 template <typename T, typename Cell>
-struct ProjectBand {
+struct ForwardProducts {
   static constexpr int V = kVectorsOf<Cell>;
+  using Sums = BandSums<T, V>;
   const RnnForwardStep<T>& s;
-  int64_t panel, first, rows;
 
-  void run() const {
-    constexpr int L = kLanesOf<T>, U = Cell::kUnitVectors;
-    const int64_t unit = panel * kPanelUnits<T, Cell>;
-    BandSums<T, V> sums;
-    input_product<T, Cell>(s, panel, first, rows, sums, [&](int64_t r) {
-      for (int g = 0; g < Cell::kGates; ++g)
-        prefetch_to_write(s.projection + (first + r) * s.projection_stride + g * s.hidden + unit);
-    });
-    for (int64_t r = 0; r < rows; ++r)
-      for (int v = 0; v < V; ++v)
-        store_n(s.projection + (first + r) * s.projection_stride + v / U * s.hidden + unit + v % U * L,
-                sums.of[r][v], valid(s.hidden, unit + v % U * L, L));
+  // sums = x * W for `rows` rows from `first` on.
+  template <typename Prefetch>
+  CNNRNN_INLINE void input(int64_t panel, int64_t first, int64_t rows, Sums& sums,
+                           const Prefetch& prefetch) const {
+    const T* x[Sums::kRows];
+    for (int64_t r = 0; r < rows; ++r) x[r] = s.x + (first + r) * s.x_stride;
+    multiply_band(sums, rows, x, panel_of<T, Cell>(s.w, panel, s.input), s.input, Into::kSet, prefetch);
+  }
+  // sums (+)= h * R
+  template <typename Prefetch>
+  CNNRNN_INLINE void state(int64_t panel, int64_t first, int64_t rows, Sums& sums, Into into,
+                           const Prefetch& prefetch) const {
+    const T* h[Sums::kRows];
+    state_rows(s.h, first, rows, h);
+    multiply_band(sums, rows, h, panel_of<T, Cell>(s.r, panel, s.hidden), s.hidden, into, prefetch);
   }
 };
 
-template <typename T, typename Cell>
+// x * W only. The result waits in `projection` until the scan reaches its time step.
+template <typename T, typename Cell, typename Products>
+CNNRNN_INLINE void project_band(const RnnForwardStep<T>& s, const Products& products, int64_t panel,
+                                int64_t first, int64_t rows) {
+  constexpr int V = kVectorsOf<Cell>, L = kLanesOf<T>, U = Cell::kUnitVectors;
+  const int64_t unit = panel * kPanelUnits<T, Cell>;
+  typename Products::Sums sums;
+  products.input(panel, first, rows, sums, [&](int64_t r) {
+    for (int g = 0; g < Cell::kGates; ++g)
+      prefetch_to_write(s.projection + (first + r) * s.projection_stride + g * s.hidden + unit);
+  });
+  for (int64_t r = 0; r < rows; ++r)
+    for (int v = 0; v < V; ++v)
+      store_n(s.projection + (first + r) * s.projection_stride + v / U * s.hidden + unit + v % U * L,
+              sums.of[r][v], valid(s.hidden, unit + v % U * L, L));
+}
+
+template <typename T, typename Cell, typename Products>
 struct ForwardBand {
   static constexpr int kMostRows = kForwardRows<Cell>;
   static constexpr int U = Cell::kUnitVectors, V = kVectorsOf<Cell>, L = kLanesOf<T>;
   // Where a gate keeps the two products apart, the input's steps aside for the state's.
   static constexpr int kApart = (Cell::kGates - Cell::kJoint) * U;
-  using InputPart = Vec<T>[kBandRows<V>][kApart + 1];
+  using Sums = typename Products::Sums;
+  using InputPart = Vec<T>[Sums::kRows][kApart + 1];
   const RnnForwardStep<T>& s;
+  const Products& products;
   int64_t panel, first, rows;
 
   CNNRNN_INLINE void prefetch_row(int64_t r, int64_t unit) const {
@@ -76,23 +91,20 @@ struct ForwardBand {
   void run() const {
     const int64_t unit = panel * kPanelUnits<T, Cell>;
     const auto ahead = [&](int64_t r) { prefetch_row(first + r, unit); };
-    const T* h[kBandRows<V>];
-    state_rows(s.h, first, rows, h);
-    const T* const weights = panel_of<T, Cell>(s.r, panel, s.hidden);
-    BandSums<T, V> sums;
+    Sums sums;
     InputPart input_part;
     if (s.projected) {
-      multiply_band(sums, rows, h, weights, s.hidden, Into::kSet, ahead);
+      products.state(panel, first, rows, sums, Into::kSet, ahead);
       for (int64_t r = 0; r < rows; ++r)
         for (int v = 0; v < kApart; ++v) input_part[r][v] = Vec<T>{};
     } else {
-      input_product<T, Cell>(s, panel, first, rows, sums, ahead);
+      products.input(panel, first, rows, sums, ahead);
       for (int64_t r = 0; r < rows; ++r)
         for (int v = 0; v < kApart; ++v) {
           input_part[r][v] = sums.of[r][Cell::kJoint * U + v];
           sums.of[r][Cell::kJoint * U + v] = Vec<T>{};
         }
-      multiply_band(sums, rows, h, weights, s.hidden, Into::kAdd);
+      products.state(panel, first, rows, sums, Into::kAdd, NoPrefetch{});
     }
     if (unit + kPanelUnits<T, Cell> <= s.hidden)
       for_tiles<kMostRows>(rows, Finish<true>{*this, sums, input_part});
@@ -103,7 +115,7 @@ struct ForwardBand {
   template <bool kFull>
   struct Finish {
     const ForwardBand& band;
-    const BandSums<T, V>& sums;
+    const Sums& sums;
     const InputPart& input_part;
     template <int Rows>
     CNNRNN_INLINE void run(int64_t row) const {
@@ -139,11 +151,41 @@ struct ForwardBand {
   }
 };
 
+// Row `row` of the gradients one step later, as far as they reach this step.
+template <typename T>
+CNNRNN_INLINE const T* next_row(const RnnBackwardStep<T>& s, int64_t row) {
+  const bool cut = row >= s.continued || (s.next_reset && row < s.next_flagged && s.next_reset[row]);
+  return cut ? s.zeros : s.d_next + row * s.d_stride;
+}
+
+// The product of a step back; see ForwardProducts. The weights' rows are the gates; the state's part of a
+// gate that keeps it apart stands last in d.
 template <typename T, typename Cell>
-struct BackwardBand {
-  static constexpr int kMostRows = kTileRows;
-  static constexpr int L = kLanesOf<T>;
+struct BackwardProducts {
+  using Sums = BandSums<T, 4>;
   const RnnBackwardStep<T>& s;
+
+  template <typename Prefetch>
+  CNNRNN_INLINE void next(int64_t panel, int64_t first, int64_t rows, Sums& sums,
+                          const Prefetch& prefetch) const {
+    constexpr int kJoint = Cell::kJoint, kApart = Cell::kGates - kJoint;
+    const T* d[Sums::kRows];
+    for (int64_t r = 0; r < rows; ++r) d[r] = next_row(s, first + r);
+    const T* weights = s.r + panel * Cell::kGates * s.hidden * kPanel<T>;
+    multiply_band(sums, rows, d, weights, kJoint * s.hidden, Into::kSet, prefetch);
+    if constexpr (kApart > 0) {
+      for (int64_t r = 0; r < rows; ++r) d[r] += Cell::kGates * s.hidden;
+      multiply_band(sums, rows, d, weights + kJoint * s.hidden * kPanel<T>, kApart * s.hidden, Into::kAdd);
+    }
+  }
+};
+
+template <typename T, typename Cell, typename Products>
+struct BackwardBand {
+  static constexpr int L = kLanesOf<T>;
+  using Sums = typename Products::Sums;
+  const RnnBackwardStep<T>& s;
+  const Products& products;
   int64_t panel, first, rows;
 
   CNNRNN_INLINE void prefetch_row(int64_t r) const {
@@ -158,29 +200,13 @@ struct BackwardBand {
     }
   }
 
-  CNNRNN_INLINE const T* next_row(int64_t row) const {
-    const bool cut = row >= s.continued || (s.next_reset && row < s.next_flagged && s.next_reset[row]);
-    return cut ? s.zeros : s.d_next + row * s.d_stride;
-  }
-
   void run() const {
-    BandSums<T, 4> sums;
-    if (s.d_next) {
-      // The weights' rows are the gates; the state's part of a gate that keeps it apart stands last in d.
-      constexpr int kJoint = Cell::kJoint, kApart = Cell::kGates - kJoint;
-      const T* d[kBandRows<4>];
-      for (int64_t r = 0; r < rows; ++r) d[r] = next_row(first + r);
-      const T* weights = s.r + panel * Cell::kGates * s.hidden * kPanel<T>;
-      multiply_band(sums, rows, d, weights, kJoint * s.hidden, Into::kSet,
-                    [&](int64_t r) { prefetch_row(first + r); });
-      if constexpr (kApart > 0) {
-        for (int64_t r = 0; r < rows; ++r) d[r] += Cell::kGates * s.hidden;
-        multiply_band(sums, rows, d, weights + kJoint * s.hidden * kPanel<T>, kApart * s.hidden, Into::kAdd);
-      }
-    } else {
+    Sums sums;
+    if (s.d_next)
+      products.next(panel, first, rows, sums, [&](int64_t r) { prefetch_row(first + r); });
+    else
       for (int64_t r = 0; r < rows; ++r)
         for (int v = 0; v < 4; ++v) sums.of[r][v] = Vec<T>{};
-    }
     if ((panel + 1) * kPanel<T> <= s.hidden)
       finish<true>(sums);
     else
@@ -188,7 +214,7 @@ struct BackwardBand {
   }
 
   template <bool kFull>
-  CNNRNN_INLINE void finish(const BandSums<T, 4>& sums) const {
+  CNNRNN_INLINE void finish(const Sums& sums) const {
 #pragma GCC unroll 1
     for (int64_t r = 0; r < rows; ++r) {
       const Units<true, kFull> at = {first + r, panel * kPanel<T>, s.hidden};
@@ -201,29 +227,34 @@ struct BackwardBand {
   }
 };
 
-template <typename Band, typename Step>
-CNNRNN_INLINE void run_tasks(const Step& step, int64_t first, int64_t last) {
-  for_bands_of_panels<Band::kMostRows>(
-      step.rows, first, last, step.downward,
-      [&](int64_t panel, int64_t row, int64_t rows) { Band{step, panel, row, rows}.run(); });
-}
-
 template <typename T, typename Cell>
 void project(const RnnForwardStep<T>& step, int64_t first, int64_t last) {
+  const ForwardProducts<T, Cell> products = {step};
   const int64_t units = kPanelUnits<T, Cell>, panels = (step.hidden + units - 1) / units;
-  for_panels_of_bands<kVectorsOf<Cell>>(
-      step.rows, panels, first, last,
-      [&](int64_t panel, int64_t row, int64_t rows) { ProjectBand<T, Cell>{step, panel, row, rows}.run(); });
+  for_panels_of_bands<kVectorsOf<Cell>>(step.rows, panels, first, last,
+                                        [&](int64_t panel, int64_t row, int64_t rows) {
+                                          project_band<T, Cell>(step, products, panel, row, rows);
+                                        });
 }
 
 template <typename T, typename Cell>
 void forward_step(const RnnForwardStep<T>& step, int64_t first, int64_t last) {
-  run_tasks<ForwardBand<T, Cell>>(step, first, last);
+  using Products = ForwardProducts<T, Cell>;
+  const Products products = {step};
+  for_bands_of_panels<kForwardRows<Cell>>(
+      step.rows, first, last, step.downward, [&](int64_t panel, int64_t row, int64_t rows) {
+        ForwardBand<T, Cell, Products>{step, products, panel, row, rows}.run();
+      });
 }
 
 template <typename T, typename Cell>
 void backward_step(const RnnBackwardStep<T>& step, int64_t first, int64_t last) {
-  run_tasks<BackwardBand<T, Cell>>(step, first, last);
+  using Products = BackwardProducts<T, Cell>;
+  const Products products = {step};
+  for_bands_of_panels<kTileRows>(step.rows, first, last, step.downward,
+                                 [&](int64_t panel, int64_t row, int64_t rows) {
+                                   BackwardBand<T, Cell, Products>{step, products, panel, row, rows}.run();
+                                 });
 }
 
 }  // namespace

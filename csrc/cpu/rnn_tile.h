@@ -157,9 +157,10 @@ template <int V>
 constexpr int kBandRows = kBandTiles * kTileRowsOf<V>;
 
 // Sums of a band: nothing is set to zero beforehand.
-template <typename T, int V>
+template <typename T, int V, int Rows = kBandRows<V>>
 struct BandSums {
-  Vec<T> of[kBandRows<V>][V];
+  static constexpr int kRows = Rows;
+  Vec<T> of[Rows][V];
 };
 enum class Into { kSet, kAdd };
 
@@ -268,6 +269,8 @@ CNNRNN_INLINE void for_panels_of_bands(int64_t rows, int64_t panels, int64_t fir
     f(task % panels, row, rows * (band + 1) / bands - row);
   }
 }
+
+CNNRNN_INLINE int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
 // How many of `lanes` columns beginning at `column` exist.
 CNNRNN_INLINE int64_t valid(int64_t columns, int64_t column, int64_t lanes) {

@@ -1,0 +1,275 @@
+// The recurrent kernels on tile registers: float32 by three bfloat16 parts, or bfloat16 by one (split.h).
+// Gate arithmetic, tasks and everything else are those of the plain kernels; only products differ.
+#pragma once
+
+#include "rnn.h"
+#include "rnn_product.h"
+#include "split.h"
+
+namespace {
+
+constexpr int kPartedTiles = 4;  // tiles of rows that pass over a panel together
+constexpr int kPartedRows = kPartedTiles * kTileSide;
+
+template <int V>
+using PartedSums = BandSums<float, V, kPartedRows>;
+
+// Tiles of the register file are configured between construction and destruction.
+struct TileSession {
+  TileSession() { tiles_begin(); }
+  ~TileSession() { tiles_end(); }
+};
+
+// for_bands_of_panels, with tiles of rows where the tile registers have them.
+template <typename F>
+CNNRNN_INLINE void for_parted_bands(int64_t rows, int64_t first, int64_t last, bool downward, const F& f) {
+  if (first >= last) return;
+  const int64_t tiles = tile_rows(rows), panels_begin = first / tiles, panels_last = (last - 1) / tiles;
+  for (int64_t i = panels_begin; i <= panels_last; ++i) {
+    const int64_t panel = downward ? panels_begin + panels_last - i : i;
+    const int64_t begin = first > panel * tiles ? first - panel * tiles : 0;
+    const int64_t end = last < (panel + 1) * tiles ? last - panel * tiles : tiles;
+    for (int64_t tile = begin; tile < end; tile += kPartedTiles) {
+      const int64_t row = tile * kTileSide;
+      const int64_t row_end = at_most(at_most(tile + kPartedTiles, end) * kTileSide, rows);
+      f(panel, row, row_end - row);
+    }
+  }
+}
+
+// See ForwardProducts. Rows are prepared once for all panels of the call.
+template <int P, typename Cell>
+struct PartedForward {
+  static constexpr int V = kVectorsOf<Cell>;
+  using Sums = PartedSums<V>;
+  const RnnForwardStep<float>& s;
+  PartedRows<P> x, h;
+
+  static int64_t scratch(int64_t rows, int64_t input, int64_t hidden) {
+    return PartedRows<P>::size(rows, input) + PartedRows<P>::size(rows, hidden);
+  }
+  PartedForward(const RnnForwardStep<float>& s)
+      : s(s),
+        x(s.scratch, s.rows, s.projected ? 0 : s.input),
+        h(s.scratch + PartedRows<P>::size(s.rows, s.projected ? 0 : s.input), s.rows, s.hidden) {
+    if (!s.projected) x.fill(s.rows, [&](int64_t r) { return x_row(r); });
+    h.fill(s.rows, [&](int64_t r) { return h_row(r); });
+  }
+
+  CNNRNN_INLINE SplitRow x_row(int64_t r) const { return {s.x + r * s.x_stride, s.input, 0}; }
+  CNNRNN_INLINE SplitRow h_row(int64_t r) const { return {state_row(s.h, r), s.hidden, 0}; }
+
+  template <typename Prefetch>
+  CNNRNN_INLINE void input(int64_t panel, int64_t first, int64_t rows, Sums& sums,
+                           const Prefetch& prefetch) const {
+    for (int64_t r = 0; r < rows; ++r) prefetch(r);
+    multiply_parted<P, V>(
+        sums, x, first / kTileSide, rows, [&](int64_t r) { return x_row(first + r); },
+        panel_of_parts<P, V>(s.w, panel, s.input), false);
+  }
+  template <typename Prefetch>
+  CNNRNN_INLINE void state(int64_t panel, int64_t first, int64_t rows, Sums& sums, Into into,
+                           const Prefetch& prefetch) const {
+    for (int64_t r = 0; r < rows; ++r) prefetch(r);
+    multiply_parted<P, V>(
+        sums, h, first / kTileSide, rows, [&](int64_t r) { return h_row(first + r); },
+        panel_of_parts<P, V>(s.r, panel, s.hidden), into == Into::kAdd);
+  }
+};
+
+// The same for the projection, whose tasks want the rows of one band at a time.
+template <int P, typename Cell>
+struct PartedProjection {
+  static constexpr int V = kVectorsOf<Cell>;
+  using Sums = PartedSums<V>;
+  const RnnForwardStep<float>& s;
+  PartedRows<P> x;
+
+  template <typename Prefetch>
+  CNNRNN_INLINE void input(int64_t panel, int64_t first, int64_t rows, Sums& sums,
+                           const Prefetch& prefetch) const {
+    for (int64_t r = 0; r < rows; ++r) prefetch(r);
+    multiply_parted<P, V>(
+        sums, x, 0, rows, [&](int64_t r) { return row(first + r); },
+        panel_of_parts<P, V>(s.w, panel, s.input), false);
+  }
+  CNNRNN_INLINE SplitRow row(int64_t r) const { return {s.x + r * s.x_stride, s.input, 0}; }
+};
+
+// See BackwardProducts.
+template <int P, typename Cell>
+struct PartedBackward {
+  using Sums = PartedSums<4>;
+  const RnnBackwardStep<float>& s;
+  PartedRows<P> d;
+
+  static int64_t depth(int64_t hidden) { return Cell::kGates * hidden; }
+  PartedBackward(const RnnBackwardStep<float>& s) : s(s), d(s.scratch, s.rows, depth(s.hidden)) {
+    if (s.d_next) d.fill(s.rows, [&](int64_t r) { return row(r); });
+  }
+  CNNRNN_INLINE SplitRow row(int64_t r) const {
+    constexpr int kApart = Cell::kGates - Cell::kJoint;
+    return {next_row(s, r), Cell::kJoint * s.hidden, kApart * s.hidden};
+  }
+  template <typename Prefetch>
+  CNNRNN_INLINE void next(int64_t panel, int64_t first, int64_t rows, Sums& sums,
+                          const Prefetch& prefetch) const {
+    for (int64_t r = 0; r < rows; ++r) prefetch(r);
+    multiply_parted<P, 4>(
+        sums, d, first / kTileSide, rows, [&](int64_t r) { return row(first + r); },
+        panel_of_parts<P, 4>(s.r, panel, depth(s.hidden)), false);
+  }
+};
+
+template <int P, typename Cell>
+int64_t scratch_parted(int64_t rows, int64_t input, int64_t hidden, bool backward) {
+  if (backward) return PartedRows<P>::size(rows, PartedBackward<P, Cell>::depth(hidden));
+  const int64_t step = PartedForward<P, Cell>::scratch(rows, input, hidden);
+  const int64_t projection = PartedRows<P>::size(kPartedRows, input);
+  return step > projection ? step : projection;
+}
+
+template <int P, typename Cell>
+void project_parted(const RnnForwardStep<float>& s, int64_t first, int64_t last) {
+  const int64_t units = kPanelUnits<float, Cell>, panels = (s.hidden + units - 1) / units;
+  const PartedProjection<P, Cell> products = {s, PartedRows<P>(s.scratch, kPartedRows, s.input)};
+  const TileSession session;
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t row = task / panels * kPartedRows, rows = at_most(s.rows - row, kPartedRows);
+    if (task == first || task % panels == 0)
+      products.x.fill(rows, [&](int64_t r) { return products.row(row + r); });
+    project_band<float, Cell>(s, products, task % panels, row, rows);
+  }
+}
+
+template <int P, typename Cell>
+void forward_parted(const RnnForwardStep<float>& s, int64_t first, int64_t last) {
+  using Products = PartedForward<P, Cell>;
+  if (first >= last) return;
+  const Products products(s);
+  const TileSession session;
+  for_parted_bands(s.rows, first, last, s.downward, [&](int64_t panel, int64_t row, int64_t rows) {
+    ForwardBand<float, Cell, Products>{s, products, panel, row, rows}.run();
+  });
+}
+
+template <int P, typename Cell>
+void backward_parted(const RnnBackwardStep<float>& s, int64_t first, int64_t last) {
+  using Products = PartedBackward<P, Cell>;
+  if (first >= last) return;
+  const Products products(s);
+  const TileSession session;
+  for_parted_bands(s.rows, first, last, s.downward, [&](int64_t panel, int64_t row, int64_t rows) {
+    BackwardBand<float, Cell, Products>{s, products, panel, row, rows}.run();
+  });
+}
+
+// ---- outside the scan ----
+
+template <int P>
+int64_t multiply_scratch_parted(int64_t depth) {
+  return PartedRows<P>::size(kPartedRows, depth);
+}
+
+template <int P>
+void multiply_parted_columns(const Product<float>& p, int64_t first, int64_t last, float* scratch) {
+  const int64_t panels = (p.columns + kPanel<float> - 1) / kPanel<float>;
+  const PartedRows<P> a(scratch, kPartedRows, p.depth);
+  const TileSession session;
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t row = task / panels * kPartedRows, rows = at_most(p.rows - row, kPartedRows);
+    const int64_t panel = task % panels, column = panel * kPanel<float>;
+    const auto row_of_a = [&](int64_t r) {
+      return SplitRow{p.a_rows ? p.a_rows[row + r] : p.a + (row + r) * p.a_row, p.a_split, p.a_skip};
+    };
+    if (task == first || panel == 0) a.fill(rows, row_of_a);
+    const ProductColumns<float> to = {p.c + row * p.c_stride + column, p.c_stride, p.columns - column,
+                                      p.accumulate};
+    for (int64_t r = 0; r < rows; ++r) to.prefetch_row(r);
+    PartedSums<4> sums;
+    multiply_parted<P, 4>(sums, a, 0, rows, row_of_a, panel_of_parts<P, 4>(p.b, panel, p.depth), false);
+    for (int64_t r = 0; r < rows; ++r) to.store(r, sums.of[r]);
+  }
+}
+
+// Blocks of the product with an A by columns: so many rows and depths, and panels of B, are parted together.
+constexpr int64_t kPartedBlock = 3 * kPartedRows, kPartedDepth = 256, kPartedGroup = 8;
+
+template <int P>
+constexpr int64_t kPartedScratch =
+    kPartedGroup * PartedPanel<P, 4>::size(kPartedDepth) + PartedRows<P>::size(kPartedBlock, kPartedDepth);
+
+// multiply_unpacked on tile registers.
+template <int P>
+void multiply_parted_unpacked(const Product<float>& p, int64_t first, int64_t last, float* scratch) {
+  if (first >= last) return;
+  using Panel = PartedPanel<P, 4>;
+  const int64_t blocks = (p.rows + kPartedBlock - 1) / kPartedBlock;
+  const int64_t panel_end = (last - 1) / blocks + 1;
+  float* const a_memory = scratch + kPartedGroup * Panel::size(kPartedDepth);
+  const TileSession session;
+  for (int64_t group = first / blocks; group < panel_end; group += kPartedGroup) {
+    const int64_t group_end = at_most(group + kPartedGroup, panel_end);
+    for (int64_t k = 0; k == 0 || k < p.depth; k += kPartedDepth) {
+      const int64_t depth = at_most(p.depth - k, kPartedDepth);
+      for (int64_t panel = group; panel < group_end; ++panel)
+        part_columns<P>({p.b, p.b_stride, p.b_rows}, k, depth, p.columns, panel * kPanel<float>,
+                        scratch + (panel - group) * Panel::size(depth));
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t row = block * kPartedBlock, rows = at_most(p.rows - row, kPartedBlock);
+        const PartedRows<P> a(a_memory, kPartedBlock, depth);
+        const StridedRows a_rows = {p.a + k * p.a_depth + row, p.a_depth};
+        bool filled = false;
+        for (int64_t panel = group; panel < group_end; ++panel) {
+          const int64_t task = panel * blocks + block, column = panel * kPanel<float>;
+          if (task < first || task >= last) continue;
+          if (!filled) a.fill_columns(rows, a_rows);
+          filled = true;
+          for (int64_t r = 0; r < rows; r += kPartedRows) {
+            const int64_t now = at_most(rows - r, kPartedRows);
+            const ProductColumns<float> to = {p.c + (row + r) * p.c_stride + column, p.c_stride,
+                                              p.columns - column, p.accumulate || k > 0};
+            for (int64_t i = 0; i < now; ++i) to.prefetch_row(i);
+            PartedSums<4> sums;
+            multiply_parted<P, 4>(
+                sums, a, r / kTileSide, now, [&](int64_t i) { return a_rows(r + i); },
+                scratch + (panel - group) * Panel::size(depth), false);
+            for (int64_t i = 0; i < now; ++i) to.store(i, sums.of[i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int P, typename Cell>
+constexpr cnnrnn::CellKernels<float> parted_cell() {
+  cnnrnn::CellKernels<float> k{};
+  k.gates = Cell::kGates, k.parts = Cell::kParts, k.kept = Cell::kKept, k.joint = Cell::kJoint;
+  k.has_c = Cell::kHasC, k.has_carry = Cell::kHasCarry;
+  k.panel_units = kPanelUnits<float, Cell>, k.tile_rows = kTileSide, k.band_rows = kPartedRows;
+  k.packed = packed_parts<P, kVectorsOf<Cell>>, k.scratch = scratch_parted<P, Cell>;
+  k.pack_gates = part_gates<P, Cell>, k.pack_bias = pack_bias<float, Cell>;
+  k.project = project_parted<P, Cell>, k.forward = forward_parted<P, Cell>;
+  k.backward = backward_parted<P, Cell>;
+  return k;
+}
+
+template <int P>
+constexpr cnnrnn::RnnKernels<float> parted_kernels() {
+  return {kLanes,
+          kTileSide,
+          kPartedRows,
+          kPartedBlock,
+          packed_parts<P, 4>,
+          part_columns_of<P>,
+          multiply_parted_columns<P>,
+          multiply_scratch_parted<P>,
+          multiply_parted_unpacked<P>,
+          kPartedScratch<P>,
+          sum_rows<float>,
+          {parted_cell<P, LstmUnits>(), parted_cell<P, GruUnits>(), parted_cell<P, ElmanUnits<ElmanTanh>>(),
+           parted_cell<P, ElmanUnits<ElmanRelu>>()}};
+}
+
+}  // namespace
