@@ -225,10 +225,14 @@ class RnnBackward {
     const auto sum = [&](int64_t gate, int64_t gates, int64_t part, T* bias) {
       const Share share(gates * H, worker, workers);
       large.sum_rows(rows + part * H, d_stride(), layout.rows, share.first, share.last, bias + gate * H);
+      return share;
     };
-    sum(0, k.gates, 0, out.bias_ih[d]);
-    for_state_parts(
-        [&](int64_t gate, int64_t gates, int64_t part) { sum(gate, gates, part, out.bias_hh[d]); });
+    // Joint gates have one gradient for both.
+    const Share joint = sum(0, k.joint, 0, out.bias_ih[d]);
+    std::copy(out.bias_ih[d] + joint.first, out.bias_ih[d] + joint.last, out.bias_hh[d] + joint.first);
+    if (k.joint == k.gates) return;
+    sum(k.joint, k.gates - k.joint, k.joint, out.bias_ih[d]);
+    sum(k.joint, k.gates - k.joint, k.gates, out.bias_hh[d]);
   }
 
   const RnnKernels<T>&shared, &large;  // for the scan and all that reads R; for products of all rows

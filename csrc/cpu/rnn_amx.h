@@ -204,25 +204,25 @@ template <int P>
 void multiply_parted_unpacked(const Product<float>& p, int64_t first, int64_t last, float* scratch) {
   if (first >= last) return;
   using Panel = PartedPanel<P, 4>;
-  const int64_t blocks = (p.rows + kPartedBlock - 1) / kPartedBlock;
-  const int64_t panel_end = (last - 1) / blocks + 1;
+  const BlockTasks tasks(p.rows, kPartedBlock, p.columns, kPanel<float>, first, last);
+  const int64_t panel_end = tasks.panel_end();
   float* const a_memory = scratch + kPartedGroup * Panel::size(kPartedDepth);
   const TileSession session;
-  for (int64_t group = first / blocks; group < panel_end; group += kPartedGroup) {
+  for (int64_t group = tasks.panel_begin(); group < panel_end; group += kPartedGroup) {
     const int64_t group_end = at_most(group + kPartedGroup, panel_end);
     for (int64_t k = 0; k == 0 || k < p.depth; k += kPartedDepth) {
       const int64_t depth = at_most(p.depth - k, kPartedDepth);
       for (int64_t panel = group; panel < group_end; ++panel)
         part_columns<P>({p.b, p.b_stride, p.b_rows}, k, depth, p.columns, panel * kPanel<float>,
                         scratch + (panel - group) * Panel::size(depth));
-      for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t block = 0; block < tasks.blocks; ++block) {
         const int64_t row = block * kPartedBlock, rows = at_most(p.rows - row, kPartedBlock);
         const PartedRows<P> a(a_memory, kPartedBlock, depth);
         const StridedRows a_rows = {p.a + k * p.a_depth + row, p.a_depth};
         bool filled = false;
         for (int64_t panel = group; panel < group_end; ++panel) {
-          const int64_t task = panel * blocks + block, column = panel * kPanel<float>;
-          if (task < first || task >= last) continue;
+          if (!tasks.has(panel, block)) continue;
+          const int64_t column = panel * kPanel<float>;
           if (!filled) a.fill_columns(rows, a_rows);
           filled = true;
           for (int64_t r = 0; r < rows; r += kPartedRows) {

@@ -165,27 +165,53 @@ CNNRNN_INLINE void copy_columns(const T* a, int64_t stride, int64_t depth, int64
       storeu(out + k * kRowBlock + m, load_n(a + k * stride + m, valid(columns, m, L)));
 }
 
-// Tasks: panels of B x blocks of kRowBlock rows.
+// Tasks of a product with an unpacked B: panels of B x blocks of rows, numbered so that whoever takes some
+// side by side shares few of the larger operand's columns with others.
+struct BlockTasks {
+  int64_t panels, blocks, first, last;
+  bool by_block;
+
+  CNNRNN_INLINE BlockTasks(int64_t rows, int64_t row_block, int64_t columns, int64_t panel, int64_t first,
+                           int64_t last)
+      : panels((columns + panel - 1) / panel),
+        blocks((rows + row_block - 1) / row_block),
+        first(first),
+        last(last),
+        by_block(rows > columns) {}
+  CNNRNN_INLINE bool has(int64_t panel, int64_t block) const {
+    const int64_t task = by_block ? block * panels + panel : panel * blocks + block;
+    return task >= first && task < last;
+  }
+  // All tasks lie in these panels.
+  CNNRNN_INLINE int64_t panel_begin() const {
+    return !by_block ? first / blocks : first / panels == (last - 1) / panels ? first % panels : 0;
+  }
+  CNNRNN_INLINE int64_t panel_end() const {
+    if (!by_block) return (last - 1) / blocks + 1;
+    return first / panels == (last - 1) / panels ? (last - 1) % panels + 1 : panels;
+  }
+};
+
 template <typename T>
 void multiply_unpacked(const Product<T>& p, int64_t first, int64_t last, T* scratch) {
   if (first >= last) return;
-  const int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock;
+  const BlockTasks tasks(p.rows, kRowBlock, p.columns, kPanel<T>, first, last);
   T* const a_block = scratch + kDepthBlock * kPanelGroup * kPanel<T>;
-  const int64_t panel_end = (last - 1) / blocks + 1;
-  for (int64_t group = first / blocks; group < panel_end; group += kPanelGroup) {
+  const int64_t panel_end = tasks.panel_end();
+  for (int64_t group = tasks.panel_begin(); group < panel_end; group += kPanelGroup) {
     const int64_t group_end = group + kPanelGroup < panel_end ? group + kPanelGroup : panel_end;
     for (int64_t k = 0; k == 0 || k < p.depth; k += kDepthBlock) {
       const int64_t depth = p.depth - k < kDepthBlock ? p.depth - k : kDepthBlock;
       for (int64_t panel = group; panel < group_end; ++panel)
         pack_panel<T>({p.b, p.b_stride, p.b_rows}, k, depth, p.columns, panel * kPanel<T>,
                       scratch + (panel - group) * kDepthBlock * kPanel<T>);
-      for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t block = 0; block < tasks.blocks; ++block) {
         const int64_t row = block * kRowBlock;
         const int64_t rows = p.rows - row < kRowBlock ? p.rows - row : kRowBlock;
         bool copied = false;
         for (int64_t panel = group; panel < group_end; ++panel) {
-          const int64_t task = panel * blocks + block, column = panel * kPanel<T>;
-          if (task < first || task >= last) continue;
+          if (!tasks.has(panel, block)) continue;
+          const int64_t column = panel * kPanel<T>;
           if (!copied) copy_columns(p.a + k * p.a_depth + row, p.a_depth, depth, rows, a_block);
           copied = true;
           const ColumnTile<T> tile = {
@@ -203,18 +229,18 @@ void multiply_unpacked(const Product<T>& p, int64_t first, int64_t last, T* scra
 
 template <typename T>
 void sum_rows(const T* a, int64_t stride, int64_t depth, int64_t first, int64_t last, T* out) {
-  constexpr int L = kLanesOf<T>;
-  for (int64_t m = first; m < last; m += L) {
-    const int64_t n = valid(last, m, L);
+  constexpr int L = kLanesOf<T>, V = 4;  // vectors side by side: whole stretches of a row are read
+  for (int64_t m = first; m < last; m += V * L) {
     // Two levels of partial sums, as in the products.
-    Vec<T> total{};
+    Vec<T> total[V] = {};
     for (int64_t k = 0; k < depth; k += kDepthBlock) {
       const int64_t end = k + kDepthBlock < depth ? k + kDepthBlock : depth;
-      Vec<T> sum{};
-      for (int64_t i = k; i < end; ++i) sum += load_n(a + i * stride + m, n);
-      total += sum;
+      Vec<T> sum[V] = {};
+      for (int64_t i = k; i < end; ++i)
+        for (int v = 0; v < V; ++v) sum[v] += load_n(a + i * stride + m + v * L, valid(last, m + v * L, L));
+      for (int v = 0; v < V; ++v) total[v] += sum[v];
     }
-    store_n(out + m, total, n);
+    for (int v = 0; v < V; ++v) store_n(out + m + v * L, total[v], valid(last, m + v * L, L));
   }
 }
 

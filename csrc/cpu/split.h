@@ -131,24 +131,24 @@ struct PartedRows {
     }
   }
 
-  // The same for rows that are contiguous by column: 16 x 16 values at a time change places.
+  // The same for rows that are contiguous by column, kMostTiles tiles at most: 16 x 16 values at a time
+  // change places.
+  static constexpr int kMostTiles = 12;
   CNNRNN_INLINE void fill_columns(int64_t rows, const StridedRows& from) const {
-    for (int64_t r = 0; r < rows; r += kTileSide) {
-      const int64_t width = valid(rows, r, kTileSide);
-      Half* to = tiles + r / kTileSide * tile_size(depth);
-      Magnitudes magnitudes;
-      for (int64_t k = 0; k < depth; k += kTileDepth, to += P * kTileValues) {
+    Magnitudes magnitudes[kMostTiles];
+    for (int64_t k = 0; k < depth; k += kTileDepth)
+      for (int64_t r = 0; r < rows; r += kTileSide) {
+        const int64_t tile = r / kTileSide, width = valid(rows, r, kTileSide);
+        const auto load = [&](int64_t i) {
+          return load_n(from.first + i * from.stride + r, i < depth ? width : 0);
+        };
         vf first[kLanes], second[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          first[i] = load_n(from.first + (k + i) * from.stride + r, k + i < depth ? width : 0);
-          const int64_t next = k + kLanes + i;
-          second[i] = load_n(from.first + next * from.stride + r, next < depth ? width : 0);
-        }
+        for (int i = 0; i < kLanes; ++i) first[i] = load(k + i), second[i] = load(k + kLanes + i);
         transpose<float>(first), transpose<float>(second);
-        for (int i = 0; i < kLanes; ++i) put(first[i], second[i], magnitudes, to + i * kTileDepth);
+        Half* to = tiles + tile * tile_size(depth) + k / kTileDepth * P * kTileValues;
+        for (int i = 0; i < kLanes; ++i) put(first[i], second[i], magnitudes[tile], to + i * kTileDepth);
       }
-      plain[r / kTileSide] = magnitudes.part();
-    }
+    for (int64_t tile = 0; tile < tile_rows(rows); ++tile) plain[tile] = magnitudes[tile].part();
   }
 
  private:
