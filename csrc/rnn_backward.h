@@ -110,7 +110,8 @@ class RnnBackward {
     if (in.h_n) b.dh_n = in.h_n + state, b.dh_n_stride = H;
     if (in.cells) b.dc_1 = in.cells + wide, b.dc_1_stride = D * H;
     b.carry = (k.has_c ? out.c_0 : out.h_0) + state, b.carry_stride = H;
-    b.kept = reserve + (d * layout.rows + at) * k.kept * H, b.kept_stride = k.kept * H;
+    b.kept = reserve + (d * layout.rows + layout.offset(t)) * k.kept * H;
+    b.kept_rows = layout.size(t), b.kept_first = row;
     b.h_now = output + wide, b.h_now_stride = D * H;
     b.h = p.before(output, D * H, p.h_0, zeros_, d, step, row);
     if (k.has_c) {

@@ -80,19 +80,12 @@ class RnnForward {
   // The chunk's first time: steps from_ .. from_ + count_ of direction 1 lie mirrored.
   int64_t chunk_time(int64_t d) const { return d == 0 ? from_ : layout.steps - from_ - count_; }
 
-  // Where x * W waits until its step overwrites it: with what is kept for the backward, or, for a cell of one
-  // gate, in the output.
-  bool projects_in_place() const { return k.gates == 1 || (out.reserve && k.kept >= k.gates); }
-  int64_t projection_stride() const {
-    return k.gates == 1 ? D * H : (projects_in_place() ? k.kept : k.gates) * H;
-  }
+  // Where x * W waits for its step: for a cell of one gate in the output, whose step overwrites it.
+  bool projects_in_place() const { return k.gates == 1; }
+  int64_t projection_stride() const { return (projects_in_place() ? D : k.gates) * H; }
   T* projection_at(int64_t d, int64_t t) const {
-    if (k.gates == 1) return out.output + layout.offset(t) * D * H + d * H;
-    if (projects_in_place()) return kept_at(d, t);
+    if (projects_in_place()) return out.output + layout.offset(t) * D * H + d * H;
     return projected_ + (d * chunk_ * N + layout.offset(t) - layout.offset(chunk_time(d))) * k.gates * H;
-  }
-  T* kept_at(int64_t d, int64_t t) const {
-    return out.reserve + (d * layout.rows + layout.offset(t)) * k.kept * H;
   }
 
   void project() {
@@ -157,8 +150,10 @@ class RnnForward {
     step.bias_ih = p.bias_ih[d], step.bias_hh = p.bias_hh[d];
     step.scale_ih = p.scale_ih[d], step.scale_hh = p.scale_hh[d];
     step.h = p.before(out.output, D * H, p.h_0, zeros_, d, from_ + s, row);
-    if (k.kept > 0 && out.reserve)
-      step.kept = kept_at(d, t) + row * k.kept * H, step.kept_stride = k.kept * H;
+    if (k.kept > 0 && out.reserve) {
+      step.kept = out.reserve + (d * layout.rows + layout.offset(t)) * k.kept * H;
+      step.kept_rows = layout.size(t), step.kept_first = row;
+    }
     if (k.has_c) {
       step.c = p.before(out.cells, D * H, p.c_0, zeros_, d, from_ + s, row);
       if (out.cells) {

@@ -135,6 +135,13 @@ static Gates step_of(int cell, const double* a, double h, double c) {
 static int input_part(int, int gate) { return gate; }
 static int state_part(int cell, int gate) { return cell == cnnrnn::kGru && gate == 2 ? 3 : gate; }
 
+// Where what is kept of a row's unit lies: vectors of units, rows, values, units of the vector.
+static int64_t kept_at(int64_t rows, int64_t row, int64_t hidden, int64_t K, int64_t value, int64_t unit,
+                       int64_t lanes) {
+  const int64_t begin = unit / lanes * lanes, width = std::min(hidden - begin, lanes);
+  return begin * rows * K + (row * K + value) * width + unit - begin;
+}
+
 enum class How {
   kFused,
   kProjected,
@@ -150,6 +157,7 @@ template <typename T>
 void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t I, How how, bool bias,
              bool keep, bool resets) {
   const int64_t G = k.gates, P = k.parts, K = k.kept, panels = ceil_div(H, k.panel_units);
+  constexpr int64_t lanes = kLanesOf<T>;
   const Buffer<T> x = random<T>(rows * (I + 2));
   Buffer<T> w = random<T>(G * H * I), r = random<T>(G * H * H, 0.7);
   const Buffer<T> b_ih = random<T>(G * H), b_hh = random<T>(G * H);
@@ -157,7 +165,7 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
   const States<T> h(rows, H, rows - rows / 3, resets), c(rows, H, rows - rows / 3, resets);
   States<T> c_same = c;
   c_same.reset = h.reset;
-  Buffer<T> projection(rows * (G * H + 1)), kept(keep ? rows * (K * H + 2) : 0);
+  Buffer<T> projection(rows * (G * H + 1)), kept(keep ? (rows + 2) * K * H : 0);
   Buffer<T> c_out(k.has_c ? rows * H : 0), h_out(rows * (H + 1));
   Buffer<T> packed_w(k.packed(panels, I)), packed_r(k.packed(panels, H));
   Buffer<T> scratch(k.scratch(rows, I, H, false));
@@ -174,7 +182,7 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
   if (bias) s.bias = packed_bias.data(), s.bias_ih = b_ih.data(), s.bias_hh = b_hh.data();
   s.h = h.view(), s.c = c_same.view();
   s.projection = projection.data(), s.projection_stride = G * H + 1;
-  if (keep && K) s.kept = kept.data(), s.kept_stride = K * H + 2;
+  if (keep && K) s.kept = kept.data(), s.kept_rows = rows + 2, s.kept_first = 1;
   s.c_out = c_out.data(), s.c_out_stride = H;
   s.h_out = h_out.data(), s.h_out_stride = H + 1;
   s.scratch = scratch.data();
@@ -240,7 +248,7 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
       check("h", cell, rows, H, h_out[n * (H + 1) + u], y.h, error);
       if (k.has_c) check("c", cell, rows, H, c_out[n * H + u], y.c, error);
       for (int64_t v = 0; keep && v < K; ++v)
-        check("kept", cell, rows, H, kept[n * (K * H + 2) + v * H + u], y.kept[v],
+        check("kept", cell, rows, H, kept[kept_at(rows + 2, n + 1, H, K, v, u, lanes)], y.kept[v],
               cell == cnnrnn::kGru ? scale : error);
     }
 }
@@ -273,7 +281,7 @@ void backward(const RnnKernels<T>& shared, const CellKernels<T>& k, int cell, in
   if (upstream) s.dh_n = dh_n.data(), s.dh_n_stride = H;
   const Buffer<T> carried = carry;
   s.carry = carry.data(), s.carry_stride = H;
-  s.kept = kept.data(), s.kept_stride = K * H;
+  s.kept = kept.data(), s.kept_rows = rows;
   s.h_now = h_now.data(), s.h_now_stride = H + 1, s.c_now = c_now.data(), s.c_now_stride = H + 1;
   s.h = h.view(), s.c = c.view();
 
@@ -292,7 +300,9 @@ void backward(const RnnKernels<T>& shared, const CellKernels<T>& k, int cell, in
                 r[(g * H + j) * H + u];
       if (upstream) dh += dh_1[n * (H + 1) + u];
       if (upstream && n >= s.continued) dh += dh_n[n * H + u];
-      const auto value = [&](int i) { return static_cast<double>(kept[(n * K + i) * H + u]); };
+      const auto value = [&](int i) {
+        return static_cast<double>(kept[kept_at(rows, n, H, K, i, u, shared.lanes)]);
+      };
       const double hn = h_now[n * (H + 1) + u], cn = c_now[n * (H + 1) + u], held = carried[n * H + u];
       double wanted[4] = {}, passed = 0;
       if (cell == cnnrnn::kLstm) {

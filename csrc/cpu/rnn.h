@@ -26,6 +26,19 @@ struct StateRows {
   const T* zeros;
 };
 
+// What a step keeps for the backward, `kept_rows` rows in all of which the call's begin at kept_first:
+// [vectors of units][kept_rows][K][lanes], the last vector as narrow as the units that are left. So what a
+// panel's kernel writes, and later reads, lies side by side: rows of [K, hidden] would be a page apart.
+template <typename T, int K>
+struct Kept {
+  T* base;
+  int64_t rows, first, hidden;
+  T* at(int64_t row, int k, int64_t unit, int64_t lanes) const {
+    const int64_t width = hidden - unit < lanes ? hidden - unit : lanes;
+    return base + unit * rows * K + ((first + row) * K + k) * width;
+  }
+};
+
 // One step of the scan over `rows` batch rows. Forward panels hold `panel_units` hidden units x G gates.
 template <typename T>
 struct RnnForwardStep {
@@ -42,8 +55,8 @@ struct RnnForwardStep {
   StateRows<T> h, c;
   T* projection;  // [rows, G, hidden]
   int64_t projection_stride;
-  T* kept;  // [rows, K, hidden], or null
-  int64_t kept_stride;
+  T* kept;  // see Kept; or null
+  int64_t kept_rows, kept_first;
   T* c_out;  // [rows, hidden]; may be where c comes from
   int64_t c_out_stride;
   T* h_out;  // [rows, hidden]; not where h comes from
@@ -72,8 +85,8 @@ struct RnnBackwardStep {
   T* carry;  // [rows, hidden]: lstm: gradient of c; gru: of h, past the product. Replaced by the step
              // before's
   int64_t carry_stride;
-  const T* kept;  // [rows, K, hidden]
-  int64_t kept_stride;
+  const T* kept;  // see Kept
+  int64_t kept_rows, kept_first;
   const T* h_now;  // [rows, hidden]
   int64_t h_now_stride;
   const T* c_now;

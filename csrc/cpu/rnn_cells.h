@@ -5,6 +5,8 @@
 // A forward panel holds kUnitVectors vectors of units. The reserve keeps kKept values per unit.
 #pragma once
 
+#include <type_traits>
+
 #include "../elman_gates.h"
 #include "../gru_gates.h"
 #include "../lstm_gates.h"
@@ -52,6 +54,33 @@ CNNRNN_INLINE void store_units(T* to, int64_t stride, const At& at, const Pack<T
     store_n(to, y.v[i], at.template count<T>(i));
 }
 
+// The kept values of a step, forward or back.
+template <typename Cell, typename Step>
+CNNRNN_INLINE auto kept_of(const Step& s) {
+  using T = std::remove_pointer_t<decltype(s.kept)>;
+  return cnnrnn::Kept<T, Cell::kKept>{s.kept, s.kept_rows, s.kept_first, s.hidden};
+}
+
+template <int Count, typename T, int K, typename At>
+CNNRNN_INLINE Pack<std::remove_const_t<T>, Count> load_kept(const cnnrnn::Kept<T, K>& kept, int k,
+                                                            const At& at) {
+  using Value = std::remove_const_t<T>;
+  constexpr int L = kLanesOf<Value>;
+  Pack<Value, Count> y;
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i)
+    y.v[i] = load_n(kept.at(at.row_of(i), k, at.unit_of(i, L), L), at.template count<Value>(i));
+  return y;
+}
+
+template <typename T, int K, int Count, typename At>
+CNNRNN_INLINE void store_kept(const cnnrnn::Kept<T, K>& kept, int k, const At& at, const Pack<T, Count>& y) {
+  constexpr int L = kLanesOf<T>;
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i)
+    store_n(kept.at(at.row_of(i), k, at.unit_of(i, L), L), y.v[i], at.template count<T>(i));
+}
+
 template <int Count, typename T, typename At>
 CNNRNN_INLINE Pack<T, Count> load_state(const cnnrnn::StateRows<T>& s, const At& at) {
   if (!s.reset && at.row_of(Count - 1) < s.carried)
@@ -83,10 +112,11 @@ struct LstmUnits {
     const LstmGates<P> y = lstm_activate<PackMath>(LstmGates<P>{a[0], a[1], a[2], a[3]});
     const LstmState<P> state = lstm_update<PackMath>(y, load_state<Count>(s.c, at));
     if (s.kept) {
-      store_units(s.kept, s.kept_stride, at, y.i);
-      store_units(s.kept + s.hidden, s.kept_stride, at, y.f);
-      store_units(s.kept + 2 * s.hidden, s.kept_stride, at, y.g);
-      store_units(s.kept + 3 * s.hidden, s.kept_stride, at, y.o);
+      const auto kept = kept_of<LstmUnits>(s);
+      store_kept(kept, 0, at, y.i);
+      store_kept(kept, 1, at, y.f);
+      store_kept(kept, 2, at, y.g);
+      store_kept(kept, 3, at, y.o);
     }
     store_units(s.c_out, s.c_out_stride, at, state.c);
     store_units(s.h_out, s.h_out_stride, at, state.h);
@@ -95,10 +125,9 @@ struct LstmUnits {
   template <typename T, int Count, typename At>
   static CNNRNN_INLINE void backward(const RnnBackwardStep<T>& s, const At& at, const Pack<T, Count>& dh) {
     using P = Pack<T, Count>;
-    const LstmGates<P> y = {load_units<Count>(s.kept, s.kept_stride, at),
-                            load_units<Count>(s.kept + s.hidden, s.kept_stride, at),
-                            load_units<Count>(s.kept + 2 * s.hidden, s.kept_stride, at),
-                            load_units<Count>(s.kept + 3 * s.hidden, s.kept_stride, at)};
+    const auto kept = kept_of<LstmUnits>(s);
+    const LstmGates<P> y = {load_kept<Count>(kept, 0, at), load_kept<Count>(kept, 1, at),
+                            load_kept<Count>(kept, 2, at), load_kept<Count>(kept, 3, at)};
     P dc = load_units<Count>(s.carry, s.carry_stride, at);
     if (s.dc_1) dc = dc + load_units<Count>(s.dc_1, s.dc_1_stride, at);
     const P c = load_units<Count>(s.c_now, s.c_now_stride, at);
@@ -121,10 +150,11 @@ struct GruUnits {
     using P = Pack<T, Count>;
     const GruGates<P> y = gru_activate<PackMath>(GruGates<P>{a[0], a[1], a[2], a[3]});
     if (s.kept) {
-      store_units(s.kept, s.kept_stride, at, y.r);
-      store_units(s.kept + s.hidden, s.kept_stride, at, y.z);
-      store_units(s.kept + 2 * s.hidden, s.kept_stride, at, y.n);
-      store_units(s.kept + 3 * s.hidden, s.kept_stride, at, y.n_h);
+      const auto kept = kept_of<GruUnits>(s);
+      store_kept(kept, 0, at, y.r);
+      store_kept(kept, 1, at, y.z);
+      store_kept(kept, 2, at, y.n);
+      store_kept(kept, 3, at, y.n_h);
     }
     store_units(s.h_out, s.h_out_stride, at, gru_update(y, load_state<Count>(s.h, at)));
   }
@@ -132,10 +162,9 @@ struct GruUnits {
   template <typename T, int Count, typename At>
   static CNNRNN_INLINE void backward(const RnnBackwardStep<T>& s, const At& at, const Pack<T, Count>& dh) {
     using P = Pack<T, Count>;
-    const GruGates<P> y = {load_units<Count>(s.kept, s.kept_stride, at),
-                           load_units<Count>(s.kept + s.hidden, s.kept_stride, at),
-                           load_units<Count>(s.kept + 2 * s.hidden, s.kept_stride, at),
-                           load_units<Count>(s.kept + 3 * s.hidden, s.kept_stride, at)};
+    const auto kept = kept_of<GruUnits>(s);
+    const GruGates<P> y = {load_kept<Count>(kept, 0, at), load_kept<Count>(kept, 1, at),
+                           load_kept<Count>(kept, 2, at), load_kept<Count>(kept, 3, at)};
     const P dh_all = dh + load_units<Count>(s.carry, s.carry_stride, at);
     const GruGradients<P> d = gru_backward(y, load_state<Count>(s.h, at), dh_all);
     store_units(s.d, s.d_stride, at, d.r);

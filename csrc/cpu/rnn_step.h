@@ -76,8 +76,7 @@ struct ForwardBand {
 
   CNNRNN_INLINE void prefetch_row(int64_t r, int64_t unit) const {
     if (s.kept)
-      for (int k = 0; k < Cell::kKept; ++k)
-        prefetch_to_write(s.kept + r * s.kept_stride + k * s.hidden + unit);
+      for (int k = 0; k < Cell::kKept; ++k) prefetch_to_write(kept_of<Cell>(s).at(r, k, unit, L));
     if (Cell::kHasC) {
       prefetch_to_write(s.c_out + r * s.c_out_stride + unit);
       prefetch(state_row(s.c, r) + unit);
@@ -191,7 +190,7 @@ struct BackwardBand {
   CNNRNN_INLINE void prefetch_row(int64_t r) const {
     for (int v = 0; v < 4; ++v) {
       const int64_t unit = panel * kPanel<T> + v * L;
-      for (int k = 0; k < Cell::kKept; ++k) prefetch(s.kept + r * s.kept_stride + k * s.hidden + unit);
+      for (int k = 0; k < Cell::kKept; ++k) prefetch(kept_of<Cell>(s).at(r, k, unit, L));
       for (int p = 0; p < Cell::kParts; ++p) prefetch_to_write(s.d + r * s.d_stride + p * s.hidden + unit);
       if (Cell::kHasC) prefetch(state_row(s.c, r) + unit);
       if (Cell::kHasC) prefetch(s.c_now + r * s.c_now_stride + unit);
