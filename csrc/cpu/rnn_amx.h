@@ -56,8 +56,8 @@ struct PartedForward {
     h.fill(s.rows, [&](int64_t r) { return h_row(r); });
   }
 
-  CNNRNN_INLINE SplitRow x_row(int64_t r) const { return {s.x + r * s.x_stride, s.input, 0}; }
-  CNNRNN_INLINE SplitRow h_row(int64_t r) const { return {state_row(s.h, r), s.hidden, 0}; }
+  CNNRNN_INLINE SplitRow x_row(int64_t r) const { return {s.x + r * s.x_stride, s.input, 0, 0}; }
+  CNNRNN_INLINE SplitRow h_row(int64_t r) const { return {state_row(s.h, r), s.hidden, 0, 0}; }
 
   template <typename Prefetch>
   CNNRNN_INLINE void input(int64_t panel, int64_t first, int64_t rows, Sums& sums,
@@ -65,7 +65,7 @@ struct PartedForward {
     for (int64_t r = 0; r < rows; ++r) prefetch(r);
     multiply_parted<P, V>(
         sums, x, first / kTileSide, rows, [&](int64_t r) { return x_row(first + r); },
-        panel_of_parts<P, V>(s.w, panel, s.input), false);
+        PanelSlice<P, V>(s.w, panel, s.input), false);
   }
   template <typename Prefetch>
   CNNRNN_INLINE void state(int64_t panel, int64_t first, int64_t rows, Sums& sums, Into into,
@@ -73,7 +73,7 @@ struct PartedForward {
     for (int64_t r = 0; r < rows; ++r) prefetch(r);
     multiply_parted<P, V>(
         sums, h, first / kTileSide, rows, [&](int64_t r) { return h_row(first + r); },
-        panel_of_parts<P, V>(s.r, panel, s.hidden), into == Into::kAdd);
+        PanelSlice<P, V>(s.r, panel, s.hidden), into == Into::kAdd);
   }
 };
 
@@ -90,10 +90,10 @@ struct PartedProjection {
                            const Prefetch& prefetch) const {
     for (int64_t r = 0; r < rows; ++r) prefetch(r);
     multiply_parted<P, V>(
-        sums, x, 0, rows, [&](int64_t r) { return row(first + r); },
-        panel_of_parts<P, V>(s.w, panel, s.input), false);
+        sums, x, 0, rows, [&](int64_t r) { return row(first + r); }, PanelSlice<P, V>(s.w, panel, s.input),
+        false);
   }
-  CNNRNN_INLINE SplitRow row(int64_t r) const { return {s.x + r * s.x_stride, s.input, 0}; }
+  CNNRNN_INLINE SplitRow row(int64_t r) const { return {s.x + r * s.x_stride, s.input, 0, 0}; }
 };
 
 // See BackwardProducts.
@@ -109,7 +109,7 @@ struct PartedBackward {
   }
   CNNRNN_INLINE SplitRow row(int64_t r) const {
     constexpr int kApart = Cell::kGates - Cell::kJoint;
-    return {next_row(s, r), Cell::kJoint * s.hidden, kApart * s.hidden};
+    return {next_row(s, r), Cell::kJoint * s.hidden, kApart * s.hidden, 0};
   }
   template <typename Prefetch>
   CNNRNN_INLINE void next(int64_t panel, int64_t first, int64_t rows, Sums& sums,
@@ -117,7 +117,7 @@ struct PartedBackward {
     for (int64_t r = 0; r < rows; ++r) prefetch(r);
     multiply_parted<P, 4>(
         sums, d, first / kTileSide, rows, [&](int64_t r) { return row(first + r); },
-        panel_of_parts<P, 4>(s.r, panel, depth(s.hidden)), false);
+        PanelSlice<P, 4>(s.r, panel, depth(s.hidden)), false);
   }
 };
 
@@ -166,34 +166,52 @@ void backward_parted(const RnnBackwardStep<float>& s, int64_t first, int64_t las
 
 // ---- outside the scan ----
 
+// Blocks of the products: so many rows of A, depths and panels of B are parted, and stay in the second-level
+// cache, together.
+constexpr int64_t kPartedBlock = 3 * kPartedRows, kPartedDepth = 512, kPartedGroup = 4;
+
+// to (+)= A * panel for the rows of a block of A, row(r) as A was filled.
+template <int P, typename Rows>
+CNNRNN_INLINE void multiply_block(const PartedRows<P>& a, int64_t rows, const Rows& row,
+                                  const PanelSlice<P, 4>& panel, const ProductColumns<float>& to) {
+  for (int64_t r = 0; r < rows; r += kPartedRows) {
+    const int64_t now = at_most(rows - r, kPartedRows);
+    const ProductColumns<float> band = {to.c + r * to.stride, to.stride, to.columns, to.accumulate};
+    for (int64_t i = 0; i < now; ++i) band.prefetch_row(i);
+    PartedSums<4> sums;
+    multiply_parted<P, 4>(sums, a, r / kTileSide, now, [&](int64_t i) { return row(r + i); }, panel, false);
+    for (int64_t i = 0; i < now; ++i) band.store(i, sums.of[i]);
+  }
+}
+
 template <int P>
 int64_t multiply_scratch_parted(int64_t depth) {
-  return PartedRows<P>::size(kPartedRows, depth);
+  return PartedRows<P>::size(kPartedBlock, at_most(depth, kPartedDepth));
 }
 
 template <int P>
 void multiply_parted_columns(const Product<float>& p, int64_t first, int64_t last, float* scratch) {
   const int64_t panels = (p.columns + kPanel<float> - 1) / kPanel<float>;
-  const PartedRows<P> a(scratch, kPartedRows, p.depth);
   const TileSession session;
-  for (int64_t task = first; task < last; ++task) {
-    const int64_t row = task / panels * kPartedRows, rows = at_most(p.rows - row, kPartedRows);
-    const int64_t panel = task % panels, column = panel * kPanel<float>;
-    const auto row_of_a = [&](int64_t r) {
-      return SplitRow{p.a_rows ? p.a_rows[row + r] : p.a + (row + r) * p.a_row, p.a_split, p.a_skip};
-    };
-    if (task == first || panel == 0) a.fill(rows, row_of_a);
-    const ProductColumns<float> to = {p.c + row * p.c_stride + column, p.c_stride, p.columns - column,
-                                      p.accumulate};
-    for (int64_t r = 0; r < rows; ++r) to.prefetch_row(r);
-    PartedSums<4> sums;
-    multiply_parted<P, 4>(sums, a, 0, rows, row_of_a, panel_of_parts<P, 4>(p.b, panel, p.depth), false);
-    for (int64_t r = 0; r < rows; ++r) to.store(r, sums.of[r]);
+  for (int64_t task = first; task < last;) {
+    const int64_t row = task / panels * kPartedBlock, rows = at_most(p.rows - row, kPartedBlock);
+    const int64_t begin = task % panels, end = at_most(begin + last - task, panels);
+    for (int64_t k = 0; k == 0 || k < p.depth; k += kPartedDepth) {
+      const PartedRows<P> a(scratch, kPartedBlock, at_most(p.depth - k, kPartedDepth));
+      const auto row_of_a = [&](int64_t r) {
+        return SplitRow{p.a_rows ? p.a_rows[row + r] : p.a + (row + r) * p.a_row, p.a_split, p.a_skip, k};
+      };
+      a.fill(rows, row_of_a);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t column = panel * kPanel<float>;
+        multiply_block<P>(
+            a, rows, row_of_a, {p.b, panel, p.depth, k},
+            {p.c + row * p.c_stride + column, p.c_stride, p.columns - column, p.accumulate || k > 0});
+      }
+    }
+    task += end - begin;
   }
 }
-
-// Blocks of the product with an A by columns: so many rows and depths, and panels of B, are parted together.
-constexpr int64_t kPartedBlock = 3 * kPartedRows, kPartedDepth = 256, kPartedGroup = 8;
 
 template <int P>
 constexpr int64_t kPartedScratch =
@@ -203,10 +221,9 @@ constexpr int64_t kPartedScratch =
 template <int P>
 void multiply_parted_unpacked(const Product<float>& p, int64_t first, int64_t last, float* scratch) {
   if (first >= last) return;
-  using Panel = PartedPanel<P, 4>;
   const BlockTasks tasks(p.rows, kPartedBlock, p.columns, kPanel<float>, first, last);
   const int64_t panel_end = tasks.panel_end();
-  float* const a_memory = scratch + kPartedGroup * Panel::size(kPartedDepth);
+  float* const a_memory = scratch + kPartedGroup * PartedPanel<P, 4>::size(kPartedDepth);
   const TileSession session;
   for (int64_t group = tasks.panel_begin(); group < panel_end; group += kPartedGroup) {
     const int64_t group_end = at_most(group + kPartedGroup, panel_end);
@@ -214,10 +231,10 @@ void multiply_parted_unpacked(const Product<float>& p, int64_t first, int64_t la
       const int64_t depth = at_most(p.depth - k, kPartedDepth);
       for (int64_t panel = group; panel < group_end; ++panel)
         part_columns<P>({p.b, p.b_stride, p.b_rows}, k, depth, p.columns, panel * kPanel<float>,
-                        scratch + (panel - group) * Panel::size(depth));
+                        scratch + (panel - group) * PartedPanel<P, 4>::size(depth));
+      const PartedRows<P> a(a_memory, kPartedBlock, depth);
       for (int64_t block = 0; block < tasks.blocks; ++block) {
         const int64_t row = block * kPartedBlock, rows = at_most(p.rows - row, kPartedBlock);
-        const PartedRows<P> a(a_memory, kPartedBlock, depth);
         const StridedRows a_rows = {p.a + k * p.a_depth + row, p.a_depth};
         bool filled = false;
         for (int64_t panel = group; panel < group_end; ++panel) {
@@ -225,17 +242,9 @@ void multiply_parted_unpacked(const Product<float>& p, int64_t first, int64_t la
           const int64_t column = panel * kPanel<float>;
           if (!filled) a.fill_columns(rows, a_rows);
           filled = true;
-          for (int64_t r = 0; r < rows; r += kPartedRows) {
-            const int64_t now = at_most(rows - r, kPartedRows);
-            const ProductColumns<float> to = {p.c + (row + r) * p.c_stride + column, p.c_stride,
-                                              p.columns - column, p.accumulate || k > 0};
-            for (int64_t i = 0; i < now; ++i) to.prefetch_row(i);
-            PartedSums<4> sums;
-            multiply_parted<P, 4>(
-                sums, a, r / kTileSide, now, [&](int64_t i) { return a_rows(r + i); },
-                scratch + (panel - group) * Panel::size(depth), false);
-            for (int64_t i = 0; i < now; ++i) to.store(i, sums.of[i]);
-          }
+          multiply_block<P>(
+              a, rows, a_rows, {scratch, panel - group, depth},
+              {p.c + row * p.c_stride + column, p.c_stride, p.columns - column, p.accumulate || k > 0});
         }
       }
     }
@@ -259,7 +268,7 @@ template <int P>
 constexpr cnnrnn::RnnKernels<float> parted_kernels() {
   return {kLanes,
           kTileSide,
-          kPartedRows,
+          kPartedBlock,
           kPartedBlock,
           packed_parts<P, 4>,
           part_columns_of<P>,

@@ -80,11 +80,17 @@ CNNRNN_INLINE void store_words(Half* to, vu words) {
 constexpr int64_t tile_steps(int64_t depth) { return (depth + kTileDepth - 1) / kTileDepth; }
 constexpr int64_t tile_rows(int64_t rows) { return (rows + kTileSide - 1) / kTileSide; }
 
-// A row of A in two pieces: `split` values, and the others `skip` further.
+// A row of A from depth `from` on, in two pieces: up to depth `split`, and the others `skip` further.
 struct SplitRow {
   const float* first;
-  int64_t split, skip;
-  CNNRNN_INLINE const float* at(int64_t k) const { return first + (k < split ? k : k + skip); }
+  int64_t split, skip, from;
+  CNNRNN_INLINE const float* at(int64_t k) const {
+    return first + (from + k < split ? from + k : from + k + skip);
+  }
+  // Whether the values from k on lie side by side.
+  CNNRNN_INLINE bool is_whole(int64_t k, int64_t count) const {
+    return from + k + count <= split || from + k >= split;
+  }
 };
 
 // Rows of an A that is contiguous by column.
@@ -161,7 +167,7 @@ struct PartedRows {
   }
   // The 16 values from k on, zeros from `depth` on.
   CNNRNN_INLINE vf piece(const SplitRow& row, int64_t k) const {
-    if (k + kLanes <= row.split || (k >= row.split && k + kLanes <= depth)) return loadu(row.at(k));
+    if (k + kLanes <= depth && row.is_whole(k, kLanes)) return loadu(row.at(k));
     vf v{};
     for (int l = 0; l < kLanes && k + l < depth; ++l) v[l] = *row.at(k + l);
     return v;
@@ -202,10 +208,21 @@ int64_t packed_parts(int64_t panels, int64_t depth) {
   return panels * PartedPanel<P, V>::size(depth);
 }
 
+// Panel `panel` of packed ones of this depth, from depth `from` on.
 template <int P, int V>
-CNNRNN_INLINE const float* panel_of_parts(const void* packed, int64_t panel, int64_t depth) {
-  return static_cast<const float*>(packed) + panel * PartedPanel<P, V>::size(depth);
-}
+struct PanelSlice {
+  using Panel = PartedPanel<P, V>;
+  const float* panel;
+  int64_t from;
+  bool plain;
+
+  CNNRNN_INLINE PanelSlice(const void* packed, int64_t index, int64_t depth, int64_t from = 0)
+      : panel(static_cast<const float*>(packed) + index * Panel::size(depth)),
+        from(from),
+        plain(Panel::plain(panel, depth)) {}
+  CNNRNN_INLINE const Half* halves() const { return Panel::halves(panel) + from / kTileDepth * Panel::kStep; }
+  CNNRNN_INLINE vf whole(int64_t k, int v) const { return Panel::whole(panel, from + k, v); }
+};
 
 // Fills a panel by `put(Part)`, where Part{}(x) parts a vector and sees its magnitudes: once, and again for
 // values of any kind if there are such.
@@ -356,22 +373,22 @@ CNNRNN_INLINE void multiply_tiles_of(int64_t rows, const Half* a, int64_t a_rows
 // from that tile.
 template <int P, int V, int kRows, typename Rows>
 CNNRNN_INLINE void multiply_parted(BandSums<float, V, kRows>& sums, const PartedRows<P>& a, int64_t tile,
-                                   int64_t rows, const Rows& row, const float* panel, bool accumulate) {
-  using Panel = PartedPanel<P, V>;
+                                   int64_t rows, const Rows& row, const PanelSlice<P, V>& panel,
+                                   bool accumulate) {
   const int64_t count = tile_rows(rows), steps = tile_steps(a.depth);
-  bool plain = Panel::plain(panel, a.depth);
+  bool plain = panel.plain;
   for (int64_t t = 0; t < count; ++t) plain = plain && a.plain[tile + t];
   if (plain) {
     multiply_tiles_of<P, V>(count, a.tiles + tile * a.tile_size(a.depth), a.tile_size(a.depth),
-                            Panel::halves(panel), V * kTileValues, steps,
-                            reinterpret_cast<float*>(sums.of[0]), V * kTileSide, accumulate);
+                            panel.halves(), V * kTileValues, steps, reinterpret_cast<float*>(sums.of[0]),
+                            V * kTileSide, accumulate);
     return;
   }
   for (int64_t r = 0; r < rows; ++r) {
     const auto from = row(r);
     for (int v = 0; v < V; ++v) {
       vf sum = accumulate ? sums.of[r][v] : vf{};
-      for (int64_t k = 0; k < a.depth; ++k) sum += broadcast(*from.at(k)) * Panel::whole(panel, k, v);
+      for (int64_t k = 0; k < a.depth; ++k) sum += broadcast(*from.at(k)) * panel.whole(k, v);
       sums.of[r][v] = sum;
     }
   }
