@@ -3,6 +3,7 @@
 import torch
 
 from cnnrnn_ext._operator_conv_pool import KEPT, layout_of
+from cnnrnn_ext._operator_rnn import reserve_dtype
 from cnnrnn_ext.reference._cells import CELLS
 
 
@@ -82,7 +83,7 @@ def rnn_train(
         x.new_empty(states),
         _shape_if(x, kind.states == 2, *states),
         _shape_if(x, kind.states == 2, *sequence),
-        x.new_empty(directions, *x.shape[:-1], kind.kept, hidden),
+        x.new_empty(directions, *x.shape[:-1], kind.kept, hidden, dtype=reserve_dtype(x)),
     )
 
 

@@ -23,6 +23,11 @@ def _or_empty(x, tensors, count):
     return *tensors, *(x.new_empty(0) for _ in range(count - len(tensors)))
 
 
+def reserve_dtype(x):
+    """Of what rnn_train keeps for the backward: float32 beside bfloat16 on the CPU."""
+    return torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x.dtype
+
+
 def rnn_train(
     cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, lengths, reset,
 ):  # fmt: skip
@@ -30,7 +35,7 @@ def rnn_train(
     (output, *cells), finals, reserve = scan_layer(
         cell, x, _given(cell, h_0, c_0), weights, batch_sizes, lengths, reset, keep=True
     )
-    return output, *_or_empty(x, finals, 2), *_or_empty(x, cells, 1), reserve
+    return output, *_or_empty(x, finals, 2), *_or_empty(x, cells, 1), reserve.to(reserve_dtype(x))
 
 
 def rnn(*arguments):
@@ -177,6 +182,7 @@ def rnn_backward(
 ):  # fmt: skip
     sizes = step_sizes(x, batch_sizes)
     valid, reset = step_masks(x, lengths, reset)
+    reserve = reserve.to(x.dtype)
     rows = x if valid is None else x.masked_fill(~valid, 0)
     rows = rows if batch_sizes is not None else rows.flatten(0, 1)
     batch, hidden = x.shape[1] if batch_sizes is None else sizes[0], weight_hh[0].shape[1]

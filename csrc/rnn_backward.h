@@ -12,8 +12,8 @@ class RnnBackward {
   // output, cells and reserve are the forward run's.
   RnnBackward(Cell cell, const RnnProblem<T>& problem, const RnnGradientsIn<T>& in, const T* output,
               const T* cells, const T* reserve, const RnnGradientsOut<T>& out)
-      : shared(packed_kernels_for<T>(problem.layout.batch)),
-        large(packed_kernels_for<T>(problem.layout.rows)),
+      : shared(packed_kernels_for<T>(problem.layout.batch, problem.half)),
+        large(packed_kernels_for<T>(problem.layout.rows, problem.half)),
         k(shared.cells[cell]),
         p(problem),
         in(in),

@@ -43,7 +43,12 @@ Results forward(const RnnOperands& o, bool train) {
     r.reserve = new_dense(o.x, o.reserve_sizes());
   }
   run_forward(o, r, true, train);
-  if (!o.lengths) return r;
+  const auto outward = [&] {
+    r.output = o.given(r.output), r.h_n = o.given(r.h_n), r.c_n = o.given(r.c_n);
+    if (train) r.cells = o.given(r.cells);
+    return r;
+  };
+  if (!o.lengths) return outward();
   if (train) {
     // Its rows stand packed; what they leave over is nobody's.
     const size_t bytes = r.reserve.element_size();
@@ -54,7 +59,7 @@ Results forward(const RnnOperands& o, bool train) {
   r.output = o.lengths->unpack(r.output);
   r.h_n = o.lengths->restored(r.h_n);
   if (o.has_c()) r.c_n = o.lengths->restored(r.c_n);
-  return r;
+  return outward();
 }
 
 std::tuple<Tensor, Tensor, Tensor> rnn(Text cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
@@ -84,27 +89,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_train(Text cell, Tensor x
   return {r.output, r.h_n, r.c_n, r.cells, r.reserve};
 }
 
-// A copy of narrow weights in x's dtype, row by row.
-Tensors widened(const RnnOperands& o, const Tensors& narrow, const Tensors& scales) {
+// A copy of narrow weights in float32.
+Tensors widened(const Tensors& narrow, const Tensors& scales) {
   Tensors wide;
   for (size_t d = 0; d < narrow.size(); ++d) {
+    if (scales.empty()) {
+      wide.push_back(dense_wide(narrow[d]));
+      continue;
+    }
     const int64_t rows = narrow[d].size(0), depth = narrow[d].size(1);
-    wide.push_back(new_dense(o.x, {rows, depth}));
+    wide.push_back(new_dense(scales[d], {rows, depth}));
     float* to = mutable_data<float>(wide[d]);
-    const float* scale = scales.empty() ? nullptr : data<float>(scales[d]);
-    const int8_t* bytes = static_cast<const int8_t*>(narrow[d].const_data_ptr());
-    const uint16_t* halves = static_cast<const uint16_t*>(narrow[d].const_data_ptr());
+    const float* scale = data<float>(scales[d]);
+    const int8_t* bytes = data<int8_t>(narrow[d]);
     const int64_t workers = threads_for(static_cast<double>(rows * depth), rows);
     for_workers(workers, [&](int64_t worker) {
       const Share share(rows, worker, workers);
       for (int64_t row = share.first; row < share.last; ++row)
-        for (int64_t i = row * depth; i < (row + 1) * depth; ++i) {
-          const uint32_t bits = scale ? 0 : static_cast<uint32_t>(halves[i]) << 16;
-          if (scale)
-            to[i] = scale[row] * static_cast<float>(bytes[i]);
-          else
-            std::memcpy(to + i, &bits, sizeof bits);
-        }
+        for (int64_t i = row * depth; i < (row + 1) * depth; ++i)
+          to[i] = scale[row] * static_cast<float>(bytes[i]);
     });
   }
   return wide;
@@ -113,7 +116,7 @@ Tensors widened(const RnnOperands& o, const Tensors& narrow, const Tensors& scal
 // Where the narrow kernels are slower than those with packed weights, they get such.
 void widen_unless_direct(RnnOperands& o) {
   if (RnnForward<float>::takes_narrow(o.layout, o.weights)) return;
-  o.weight_ih = widened(o, o.weight_ih, o.scale_ih), o.weight_hh = widened(o, o.weight_hh, o.scale_hh);
+  o.weight_ih = widened(o.weight_ih, o.scale_ih), o.weight_hh = widened(o.weight_hh, o.scale_hh);
   o.scale_ih.clear(), o.scale_hh.clear();
   o.weights = Weights::kElement;
 }
@@ -144,6 +147,7 @@ RnnOperands cell_operands(const std::string& cell, const Tensor& x, const Option
   o.hidden = hidden_size(weight_hh);
   o.input = x.size(1);
   o.layout = Layout(1, x.size(0));
+  o.dtype = x.scalar_type();
   o.x = dense(x);
   const auto take = [&](const char* name, OptionalTensor& into, const OptionalTensor& from) {
     if (!from) return;
@@ -275,10 +279,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
     o.take_rows("grad_cells", in.cells, grad_cells);
     o.take_rows("cells", cell_rows, cells);
   }
-  o.check_operand("reserve", reserve, o.reserve_sizes());
+  check_like("reserve", reserve, "x in float32", o.x);
+  check_shape("reserve", reserve, o.reserve_sizes());
   Gradients grad = backward(o, in, *output_rows, cell_rows ? *cell_rows : cells, dense(reserve),
                             o.state_sizes(), {need_x, need_state, need_weight, need_bias});
-  return {grad.x, *grad.h_0, *grad.c_0, grad.weight_ih, grad.weight_hh, grad.bias_ih, grad.bias_hh};
+  const auto each = [&](Tensors list) {
+    for (Tensor& t : list) t = o.given(t);
+    return list;
+  };
+  return {o.given(grad.x),      o.given(*grad.h_0), o.given(*grad.c_0), each(grad.weight_ih),
+          each(grad.weight_hh), each(grad.bias_ih), each(grad.bias_hh)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_cell_backward(

@@ -12,7 +12,8 @@ class RnnForward {
       : narrow_(problem.weights != Weights::kElement),
         few_(problem.layout.rows <= (problem.layout.steps == 1 ? kDirectStepRows : kDirectRows)),
         direct_(few_ || problem.layout.batch <= kDirectBatch || narrow_),
-        k((direct_ ? rnn_kernels_of<T>() : packed_kernels_for<T>(problem.layout.batch)).cells[cell]),
+        k((direct_ ? rnn_kernels_of<T>() : packed_kernels_for<T>(problem.layout.batch, problem.half))
+              .cells[cell]),
         p(problem),
         out(out) {
     work_ = p.scan_work(k.gates) + p.input_work(k.gates);

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/capability.h"
+#include "halves.h"
 #include "rnn_lengths.h"
 #include "rnn_run.h"
 #include "tensor.h"
@@ -26,12 +27,17 @@ struct RnnOperands {
   Cell cell;
   Layout layout{0, 0};
   int64_t input, hidden, directions, steps;
-  bool packed;  // x came as [R, I]
+  bool packed;       // x came as [R, I]
+  ScalarType dtype;  // of every operand as it came; bfloat16 is widened
   Tensor x;
   OptionalTensor h_0, c_0, reset;
   Weights weights = Weights::kElement;
   Tensors weight_ih, weight_hh, scale_ih, scale_hh, bias_ih, bias_hh;
   std::unique_ptr<Lengths> lengths;  // where x was padded and is packed now
+
+  bool half() const { return dtype == ScalarType::BFloat16; }
+  // A result as it is to go out.
+  Tensor given(const Tensor& t) const { return half() ? narrowed(t) : t; }
 
   const CellKernels<float>& sizes() const { return rnn_kernels().f32.cells[cell]; }
   int64_t gates() const { return sizes().gates; }
@@ -61,7 +67,8 @@ struct RnnOperands {
 
   template <typename Sizes>
   void check_operand(const char* name, const Tensor& t, const Sizes& sizes_of) const {
-    check_like(name, t, "x", x);
+    check(t.scalar_type() == dtype, name, " and x must have the same dtype");
+    check(t.device() == x.device(), name, " and x must be on the same device");
     check_shape(name, t, sizes_of);
   }
 
@@ -72,7 +79,7 @@ struct RnnOperands {
     into.reserve(from.size());
     for (const Tensor& t : from) {
       check_operand(name, t, sizes_of);
-      into.push_back(dense(t));
+      into.push_back(dense_wide(t));
     }
   }
 
@@ -80,14 +87,16 @@ struct RnnOperands {
   void take_state(const char* name, OptionalTensor& into, const OptionalTensor& from) const {
     if (!from) return;
     check_operand(name, *from, state_sizes());
-    into = lengths ? lengths->sorted(dense(*from)) : dense(*from);
+    const Tensor state = dense_wide(*from);
+    into = lengths ? lengths->sorted(state) : state;
   }
 
   // Something laid out as the output, in the kernels' order.
   void take_rows(const char* name, OptionalTensor& into, const OptionalTensor& from) const {
     if (!from) return;
     check_operand(name, *from, rows_of({directions * hidden}, false));
-    into = lengths ? lengths->pack(dense(*from)) : dense(*from);
+    const Tensor rows = dense_wide(*from);
+    into = lengths ? lengths->pack(rows) : rows;
   }
 
   void take_weights(const Tensors& ih, const Tensors& hh, const Tensors& b_ih, const Tensors& b_hh) {
@@ -133,9 +142,22 @@ struct RnnOperands {
 
   template <typename T>
   RnnProblem<T> problem() const {
-    RnnProblem<T> p{
-        layout,  input, hidden, directions, data<T>(x), data<T>(get(h_0)),        data<T>(get(c_0)), {}, {},
-        weights, {},    {},     {},         {},         data<uint8_t>(get(reset))};
+    RnnProblem<T> p{layout,
+                    input,
+                    hidden,
+                    directions,
+                    data<T>(x),
+                    data<T>(get(h_0)),
+                    data<T>(get(c_0)),
+                    {},
+                    {},
+                    weights,
+                    {},
+                    {},
+                    {},
+                    {},
+                    data<uint8_t>(get(reset)),
+                    half()};
     for (int64_t d = 0; d < directions; ++d) {
       p.weight_ih[d] = weight_ih[d].const_data_ptr(), p.weight_hh[d] = weight_hh[d].const_data_ptr();
       if (!scale_ih.empty()) p.scale_ih[d] = data<T>(scale_ih[d]);
@@ -150,6 +172,12 @@ inline void check_element(const Tensor& x) {
   const ScalarType type = x.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double,
         "x: the recurrent CPU kernels take float32 and float64, got ", torch::headeronly::toString(type));
+}
+inline void check_sequence_element(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16,
+        "x: the recurrent CPU kernels take float32, float64 and bfloat16, got ",
+        torch::headeronly::toString(type));
 }
 
 inline int64_t hidden_size(const Tensor& weight_hh) {
@@ -196,7 +224,8 @@ inline RnnOperands sequence_operands(const std::string& cell, const Tensor& x, c
                                      const OptionalTensor& reset) {
   RnnOperands o;
   o.cell = cell_of(cell);
-  check_element(x);
+  check_sequence_element(x);
+  o.dtype = x.scalar_type();
   o.packed = batch_sizes.has_value();
   check(x.dim() == (o.packed ? 2 : 3), "x: expected shape ", o.packed ? "[R, I]" : "[T, N, I]", ", got ",
         shape(x));
@@ -216,7 +245,8 @@ inline RnnOperands sequence_operands(const std::string& cell, const Tensor& x, c
     if (lengths) o.lengths = lengths_of(*lengths, x.size(1), o.steps);
     o.layout = o.lengths ? o.lengths->layout() : Layout(o.steps, x.size(1));
   }
-  o.x = o.lengths ? o.lengths->pack(dense(x)) : dense(x);
+  o.x = dense_wide(x);
+  if (o.lengths) o.x = o.lengths->pack(o.x);
   o.take_state("h_0", o.h_0, h_0);
   check(!c_0 || o.has_c(), "c_0: only lstm has one");
   o.take_state("c_0", o.c_0, c_0);

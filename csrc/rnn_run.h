@@ -25,6 +25,7 @@ struct RnnProblem {
   const T *scale_ih[2], *scale_hh[2];  // null but for int8
   const T *bias_ih[2], *bias_hh[2];    // may be null
   const uint8_t* reset;                // [rows], or null
+  bool half;                           // bfloat16 products will do
 
   int64_t state_offset(int64_t d) const { return d * layout.batch * hidden; }
   double scan_work(int64_t gates) const { return 1.0 * gates * directions * layout.rows * hidden * hidden; }
@@ -71,14 +72,16 @@ const RnnKernels<T>& rnn_kernels_of() {
 }
 
 // The kernels for products of `rows` rows at a time with packed weights: on tile registers where the machine
-// has them and the rows fill tiles of 16 well enough. Ill filled they cost as much as full ones.
+// has them and the rows fill tiles of 16 well enough. Ill filled they cost as much as full ones; in bfloat16
+// few rows pay.
 template <typename T>
-const RnnKernels<T>& packed_kernels_for(int64_t rows) {
-  constexpr int64_t kLeast = 12, kTile = 16;
+const RnnKernels<T>& packed_kernels_for(int64_t rows, bool half) {
+  constexpr int64_t kLeast = 12, kLeastHalf = 4, kTile = 16;
   if constexpr (sizeof(T) == sizeof(float)) {
 #if defined(__x86_64__)
     const bool filled = rows >= kLeast && 4 * rows >= 3 * ceil_div(rows, kTile) * kTile;
-    if (active_isa() == Isa::kAmx && filled) return rnn_amx_float32;
+    if (active_isa() == Isa::kAmx && half && rows >= kLeastHalf) return rnn_amx_bfloat16;
+    if (active_isa() == Isa::kAmx && !half && filled) return rnn_amx_float32;
 #endif
   }
   return rnn_kernels_of<T>();

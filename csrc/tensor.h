@@ -92,16 +92,20 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// A new contiguous tensor on the CPU, without a pass through the dispatcher; dtype as like's.
-inline Tensor new_dense(const Tensor& like, const int64_t* sizes, size_t dims) {
+// A new contiguous tensor on the CPU, without a pass through the dispatcher.
+inline Tensor new_dense(const int64_t* sizes, size_t dims, int32_t dtype) {
   int64_t strides[8] = {1, 1, 1, 1, 1, 1, 1, 1};
   for (size_t d = dims; d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
-  int32_t dtype;
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides, dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+// The same, dtype as like's.
+inline Tensor new_dense(const Tensor& like, const int64_t* sizes, size_t dims) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return new_dense(sizes, dims, dtype);
 }
 inline Tensor new_dense(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return new_dense(like, sizes.begin(), sizes.size());

@@ -68,9 +68,10 @@ static Buffer<uint8_t> flags(int64_t count) {
 }
 
 static int64_t checks = 0, failures = 0;
+static bool halves = false;  // products of bfloat16: what is where still shows
 template <typename T>
 void check(const char* what, int cell, int64_t rows, int64_t hidden, T got, double wanted, double scale = 1) {
-  const double limit = (sizeof(T) == 4 ? 2e-5 : 1e-12) * std::max(scale, std::abs(wanted));
+  const double limit = (halves ? 0.06 : sizeof(T) == 4 ? 2e-5 : 1e-12) * std::max(scale, std::abs(wanted));
   ++checks;
   if (std::isnan(wanted) ? std::isnan(got) : got == static_cast<T>(wanted)) return;
   if (std::abs(static_cast<double>(got) - wanted) <= limit) return;
@@ -414,7 +415,7 @@ void all(const RnnKernels<T>& k, const std::vector<int64_t>& heights) {
   for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 11, 50, 100})
     for (int64_t columns : {1, 4 * k.lanes, 4 * k.lanes + 3})
       for (int64_t depth : {0, 1, 9, 300}) products(k, rows, columns, depth, (rows + depth) % 2);
-  products(k, 75, 70, 40, false, true);
+  if (!halves) products(k, 75, 70, 40, false, true);
 }
 
 int main() {
@@ -424,6 +425,8 @@ int main() {
   all(cnnrnn::rnn_tested.f64, heights);
   // One tile, two, a pair and one; two bands.
   all(parted_kernels<3>(), {1, 15, 16, 17, 33, 80});
+  halves = true;
+  all(parted_kernels<1>(), {1, 17, 33});
   std::printf("%d-byte vectors, %ld checks, %ld failures\n", kVectorBytes, static_cast<long>(checks),
               static_cast<long>(failures));
   return failures > 0;

@@ -187,6 +187,13 @@ OPCHECK_CASES = [
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+def in_dtype(value, dtype):
+    """A tensor, or a list of them, in dtype; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(dtype).requires_grad_(value.requires_grad)
+    return [in_dtype(v, dtype) for v in value] if isinstance(value, list) else value
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "case"), OPCHECK_CASES)
 def test_opcheck(name, case):
@@ -200,6 +207,16 @@ def test_opcheck(name, case):
     traced = case in ("default", "lstm", "gru") or not name.endswith("_backward")
     checks = CHECKS if traced else CHECKS[:-1]
     _opcheck(getattr(operators, name).default, arguments, test_utils=checks, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rnn", "rnn_train", "rnn_backward"])
+def test_opcheck_in_bfloat16(name):
+    """What is kept for the backward is in float32 then; everything else in x's dtype."""
+    arguments = next(a for n, c, a in sample_arguments(name != "rnn") if (n, c) == ("rnn", "lstm"))
+    arguments = [in_dtype(argument, torch.bfloat16) for argument in arguments]
+    if name == "rnn_backward":
+        arguments = backward_arguments("rnn", arguments, grad=True)
+    _opcheck(getattr(operators, name).default, arguments, test_utils=CHECKS[:3], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("int8", [True, False], ids=["int8", "bfloat16"])
@@ -509,24 +526,23 @@ def test_arguments_are_not_modified():
 # ---- dtypes without a kernel ----
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int32, torch.complex64], ids=str)
-@pytest.mark.parametrize("name", ["conv_pool2d", "rnn", "rnn_cell"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in ("conv_pool2d", "rnn", "rnn_cell")
+        for dtype in (torch.bfloat16, torch.float16, torch.int32, torch.complex64)
+        if (name, dtype) != ("rnn", torch.bfloat16)
+    ],
+    ids=str,
+)
 def test_raw_operator_refuses_other_dtypes(name, dtype):
     """The compiled operators name what they do not take; functional composes for those."""
     if reason := compiled_missing():
         pytest.skip(f"no compiled kernels: {reason}")
     make = {"conv_pool2d": conv_arguments, "rnn": rnn_arguments, "rnn_cell": cell_arguments}[name]
 
-    def cast(value):
-        if isinstance(value, torch.Tensor):
-            return value.to(dtype)
-        return (
-            [cast(v) for v in value]
-            if isinstance(value, list) and value and isinstance(value[0], torch.Tensor)
-            else value
-        )
-
-    arguments = [cast(a) for a in make()]
+    arguments = [in_dtype(a, dtype) for a in make()]
     for form in ("", "_train"):
         with pytest.raises(RuntimeError, match=r"(?i)dtype|float32|float64"):
             getattr(operators, name + form)(*arguments)

@@ -6,7 +6,7 @@ from cnnrnn_ext._autograd_rnn import CellStep, takes_cell_step
 from cnnrnn_ext._backend import use_compiled
 from cnnrnn_ext._checks import check_choice, check_same, check_tensor, shape_of
 from cnnrnn_ext._checks_rnn import check_gate_weights, check_states
-from cnnrnn_ext.functional._common import autocast_dtype, cast, needs_grad, runs_in_float32
+from cnnrnn_ext.functional._common import HALF, autocast_dtype, cast, needs_grad
 from cnnrnn_ext.functional._narrow import narrow_entry, narrow_note, narrow_uncovered, widened
 from cnnrnn_ext.reference._cells import CELLS, NONLINEARITIES, one_step
 
@@ -87,7 +87,7 @@ def run_cell(op, cell, input, states, weights, narrow=None):
     entry = narrow_entry(narrow, given[0], *given[1])
     uncovered, note = (narrow_uncovered(input), narrow_note(narrow)) if entry else (None, None)
     if use_compiled(op, input, uncovered, note):
-        if runs_in_float32(input):
+        if input.device.type == "cpu" and input.dtype in HALF:
             input, *tensors = (t if t is None else t.float() for t in (input, *(states or ()), *weights))
             states, weights = tensors[: len(states or ())], tensors[len(states or ()) :]
         new = _run_operator(cell, input, states, weights, entry)

@@ -32,6 +32,7 @@ def autocast(*tensors):
     return tensors if dtype is None else cast(dtype, *tensors)
 
 
-def runs_in_float32(tensor):
-    """Whether the recurrent kernels take this dtype by way of float32: halves on the CPU."""
-    return tensor.device.type == "cpu" and tensor.dtype in HALF
+def runs_in_float32(tensor, narrow):
+    """Whether the kernels of sequences take this dtype by way of float32, with narrow weights or without."""
+    widened = HALF if narrow else (torch.float16,)
+    return tensor.device.type == "cpu" and tensor.dtype in widened

@@ -1,5 +1,7 @@
 """Recurrent layers over a sequence: checks, layout, one operator call for each layer."""
 
+import contextlib
+
 import torch
 
 from cnnrnn_ext._backend import use_compiled
@@ -204,7 +206,7 @@ def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
         flat_weights, entry = _widened(flat_weights, entry.copies, input.dtype), None
     if not compiled:
         return _in_dtype(sequence(cell, input, states, flat_weights, options), input.dtype, dtype)
-    if runs_in_float32(input):
+    if runs_in_float32(input, narrow=bool(entry)):
         input, *rest = (t.float() for t in (input, *(states or ()), *flat_weights))
         states, flat_weights = _split(rest, states)
     x, reset = time_first(input, options)
@@ -218,7 +220,16 @@ def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
         narrow = entry and entry.operands[rows.start // options.directions]
         return _run_operator(cell, x, states, weights[rows], steps, options.return_all, narrow)
 
-    return _in_dtype(arrange(cell, *run_layers(layer, x, states, options), options), x.dtype, dtype)
+    with _at_its_word(x):
+        results = arrange(cell, *run_layers(layer, x, states, options), options)
+    return _in_dtype(results, x.dtype, dtype)
+
+
+def _at_its_word(x):
+    """A block in which operators take the dtype they get: autocast would widen bfloat16 again."""
+    if x.dtype == torch.bfloat16 and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _in_dtype(results, computed, dtype):
