@@ -157,6 +157,21 @@ def check_equal(ours, stock, tensors, mode, ops, *, wanted=None, grad_outputs=No
 # ---- stock twins and random operands ----
 
 
+@contextlib.contextmanager
+def torch_alone():
+    """Within it torch computes by its own kernels: oneDNN's GELU for AVX-512 makes a NaN of inf.
+
+    (pytorch/pytorch#185770; torch's own in float32, and float64, leave it inf. NNPACK, which would take
+    oneDNN's convolutions over, does not keep whole numbers exact.)
+    """
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        with torch.backends.nnpack.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 def stock_conv_pool2d(
     input,
     weight,

@@ -4,7 +4,16 @@ import functools
 
 import pytest
 import torch
-from _oracle import check_equal, check_error, compare, conv_tensors, running_on, stock_conv_pool2d, whole
+from _oracle import (
+    check_equal,
+    check_error,
+    compare,
+    conv_tensors,
+    error,
+    running_on,
+    stock_conv_pool2d,
+    whole,
+)
 
 import cnnrnn_ext as cx
 
@@ -29,6 +38,7 @@ POOLS = {
     "none": {"pool": "none"},
 }
 PADDINGS = [0, 1, (4, 1)]
+DEEP_SHAPES = [(4, 64, 56, 56, 64, 3), (2, 256, 28, 28, 256, 3), (1, 512, 14, 14, 96, 3)]
 
 
 def both(**options):
@@ -76,17 +86,31 @@ def test_ties_and_gradients(compiled, shape, pool, padding, activation, channels
     check_equal(ours, stock, tensors, compiled, OPS, grad_outputs=[grad])
 
 
+# What functional.conv_pool2d promises for random operands, in units of 2^-24: (largest error over the largest
+# output, root mean square error over that of the outputs). torch's own kernels keep to 6 and 4, or reach 46 and
+# 22, by instruction set and layout: no measure for a promise.
+PROMISED = {"highest": (8, 5), "high": (40, 14)}
+
+
+def check_promise(precision, y, exact):
+    largest, rms = PROMISED[precision]
+    units = [2**24 * found / of for found, of in zip(error(y, exact), error(0 * exact, exact), strict=True)]
+    assert units[0] <= largest, f"largest error {units[0]:.1f} units of the largest output"
+    assert units[1] <= rms, f"rms error {units[1]:.1f} units of the rms output"
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize("pool", ["max 2x2", "none"])
-@pytest.mark.parametrize(
-    "shape", [(4, 64, 56, 56, 64, 3), (2, 256, 28, 28, 256, 3), (1, 512, 14, 14, 96, 3)], ids=str
-)
+@pytest.mark.parametrize("shape", DEEP_SHAPES, ids=str)
 def test_error_at_real_sizes(compiled, shape, pool):
-    """No larger than torch's own: the direct sums are longer."""
+    """It does not grow with the number of channels."""
     ours, stock = both(padding=1, **POOLS[pool])
     tensors = conv_tensors(*shape)
     exact = stock(**{k: v.double() for k, v in tensors.items()})
     with running_on(compiled, *OPS):
-        check_error("output", ours(**tensors), stock(**tensors), exact, factor=1.0)
+        y = ours(**tensors)
+    check_promise("highest", y, exact)
+    check_error("output", y, stock(**tensors), exact)
 
 
 @pytest.mark.parametrize("pool", ["max 2x2", "none"])
@@ -131,7 +155,7 @@ def test_second_derivative_without_pool(compiled):
 
 # ---- precision="high": F(4x4, 3x3) ----
 
-HIGH_SHAPES = [(4, 64, 56, 56, 64, 3), (2, 256, 28, 28, 256, 3), (3, 17, 13, 21, 9, 3), (1, 64, 7, 7, 64, 3)]
+HIGH_SHAPES = [*DEEP_SHAPES, (3, 17, 13, 21, 9, 3), (1, 64, 7, 7, 64, 3)]
 
 
 @pytest.mark.isa
@@ -139,13 +163,13 @@ HIGH_SHAPES = [(4, 64, 56, 56, 64, 3), (2, 256, 28, 28, 256, 3), (3, 17, 13, 21,
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("shape", HIGH_SHAPES, ids=str)
 def test_error_of_high_precision(compiled, shape, pool, channels_last):
-    """At most 5 times torch's, which measured 0.6 to 4.1; and larger than that of "highest": it did run."""
+    """Larger than that of "highest", too: it did run."""
     ours, stock = both(padding=1, activation="none", **POOLS[pool])
     tensors = laid_out(conv_tensors(*shape), channels_last)
     exact = stock(**{k: v.double() for k, v in tensors.items()})
     with running_on(compiled, *OPS):
         high, highest = ours(**tensors, precision="high"), ours(**tensors)
-    check_error("output", high, stock(**tensors), exact, factor=5.0)
+    check_promise("high", high, exact)
     assert (high - exact).square().mean() > 1.5 * (highest - exact).square().mean()
 
 

@@ -64,10 +64,11 @@ def conv_pool2d(
             pool_size.
         precision: "highest", or "high" to allow a faster algorithm of larger error where there is one: on the
             CPU F(4x4, 3x3) instead of F(2x2, 3x3) in the forward of float32 3x3 convolutions of stride 1 and
-            at least 16 channels, unless the map is tiny. Measured on random images and weights, the largest
-            error against float64 was 0.6 to 1.8 times that of torch's own kernel (4 times on maps of 7x7
-            with 64 channels), where "highest" has 0.1 to 0.9 times. On near-ties another position of a
-            window may win. Gradients are computed as with "highest".
+            at least 16 channels, unless the map is tiny. Measured on random images and weights of 16 to 512
+            channels, in units of 2^-24: the largest error was at most 36 times the largest output, where
+            "highest" has 6 and torch's own kernels 4 to 46 by instruction set and layout; the root mean
+            square error at most 12.5 times that of the outputs (4.3; 3 to 22). On near-ties another position
+            of a window may win. Gradients are computed as with "highest".
         return_indices: also return where each maximum stood, as ``F.max_pool2d`` does. Only for pool="max".
 
     Returns:
