@@ -8,7 +8,7 @@ from cnnrnn_ext._double_backward import double_backward
 BACKWARD_CONFIG = 10  # options that the forward shares with the backward
 
 
-def setup(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, weight, bias, *config = inputs
     ctx.options = len(config)
     config = config[:BACKWARD_CONFIG]  # without precision: the backward has one
@@ -18,18 +18,43 @@ def setup(ctx, inputs, output):
         kept = None if activation == "none" or (activation == "relu" and pool == "max") else y
     ctx.save_for_backward(x, weight, bias, code, kept)
     ctx.config = config
-    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
+def setup(ctx, inputs, output):
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
 def backward_formula(ctx, grad_y, *grad_saved):
-    x, weight, bias, code, kept = ctx.saved_tensors
     nothing = (None,) * ctx.options
     if grad_y is None:
         return (None, None, None, *nothing)
-    need = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.cnnrnn_ext.conv_pool2d_backward(grad_y, x, weight, bias, code, kept, *ctx.config, *need)
+    need = ctx.needs_input_grad[:3]
+    grads = torch.ops.cnnrnn_ext.conv_pool2d_backward.default(grad_y, *ctx.saved_tensors, *ctx.config, *need)
     return (*(g if n else None for g, n in zip(grads, need, strict=True)), *nothing)
+
+
+class ConvPoolTrain(torch.autograd.Function):
+    """conv_pool2d_train with its gradient, for eager calls on plain tensors: what ``register_autograd`` makes
+    of the same formulas takes longer than a small call's kernels.
+
+    ``ConvPoolTrain.apply(x, weight, bias, *config)`` returns y.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.cnnrnn_ext.conv_pool2d_train.default(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        if torch.is_grad_enabled():  # somebody wants to derive the gradient
+            return backward_formula(ctx, grad_y)
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward_formula(ctx, grad_y)
 
 
 def backward_setup(ctx, inputs, output):

@@ -1,9 +1,6 @@
 """Autograd of the recurrent operators, one for every cell."""
 
 import torch
-from torch import Tensor
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch.nn import Parameter
 
 from cnnrnn_ext._double_backward import double_backward
 from cnnrnn_ext.reference._cells import CELLS, one_step
@@ -119,12 +116,6 @@ def _cell_gradients(operator, ctx, grad_h_1, grad_c_1):
         asked[0], asked[1] or asked[2], asked[3] or asked[4], asked[5] or asked[6],
     )  # fmt: skip
     return (None, *(g if wanted else None for g, wanted in zip(grads, asked, strict=True)))
-
-
-def takes_cell_step(*tensors):
-    """Whether operands, outside of graphs and transforms, are for CellStep: subclasses, and modes
-    that look on at the operators, are to see the one with its registered gradient."""
-    return not dispatch_modes() and all(t is None or type(t) in (Parameter, Tensor) for t in tensors)
 
 
 class CellStep(torch.autograd.Function):

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, float32, float64
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from cnnrnn_ext import _library
 
@@ -100,11 +102,11 @@ def in_forward_ad():
 
 
 def plain(input, rank):
-    """Whether nothing stands between this input and a recurrent CPU kernel: a tensor of torch's own, of this
-    rank and of the kernels' dtypes; no backend(), trace(), autocast, forward mode, transform or graph.
+    """Whether nothing stands between this input and a CPU kernel: a tensor of torch's own, of this rank and
+    of the kernels' dtypes; no backend(), trace(), autocast, forward mode, transform or graph.
 
-    It is asked at every step of a stream, so that such a call may go to the operator at once. What it
-    answers changes no result.
+    Modules ask it at every call, so that a short one may go to the operator at once. What it answers
+    changes no result.
     """
     return (
         usual
@@ -117,6 +119,12 @@ def plain(input, rank):
         and input.is_cpu
         and input.dim() == rank
     )
+
+
+def plain_operands(*tensors):
+    """Whether operands, outside of graphs and transforms, are for an autograd.Function of our own:
+    subclasses, and modes that look on at the operators, are to see the one with its registered gradient."""
+    return not dispatch_modes() and all(t is None or type(t) in (Parameter, Tensor) for t in tensors)
 
 
 def use_compiled(op, tensor, uncovered=None, note=None):

@@ -35,7 +35,7 @@ def integers(name, value, count, least):
     if len(values) == 1:
         values = values * count
     whole = (numbers.Integral, torch.SymInt)
-    if any(isinstance(v, bool) or not isinstance(v, whole) for v in values):
+    if any(type(v) is not int and (isinstance(v, bool) or not isinstance(v, whole)) for v in values):
         raise TypeError(f"{name}: expected an integer or {count} integers, got {value!r}")
     if len(values) != count:
         raise RuntimeError(f"{name}: expected an integer or {count} integers, got {value!r}")

@@ -20,7 +20,7 @@ inline ConvPoolShape without_pool(const ConvPoolShape& s, bool activate) {
 // y from the map, activated first by this row of the table unless that is kNoActivation.
 template <typename T>
 void run_average(const ConvPoolKernelsOf<T>& kernel, const ConvPoolShape& s, int activation,
-                 const Tensor& map, Tensor& y) {
+                 const Tensor& map, const Tensor& y) {
   in_slices(map, kernel.average_units(s), kernel.average_scratch_bytes(s),
             [&](int64_t, int64_t begin, int64_t end, char* scratch) {
               kernel.average(s, activation, data<T>(map), mutable_data<T>(y), scratch, begin, end);

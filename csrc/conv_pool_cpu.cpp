@@ -61,12 +61,15 @@ int64_t pooled(int64_t size, int64_t window, int64_t step, int64_t margin, bool 
 }
 
 Tensor in_layout(const Tensor& t, bool channels_last) {
+  if (channels_last ? is_channels_last(t) : t.is_contiguous()) return t;
   return torch::stable::contiguous(t, channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
                                                     : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 Tensor empty_image(const Tensor& like, const ConvPoolShape& s, int64_t channels, Pair size,
                    ScalarType dtype) {
+  if (!s.channels_last && dtype == like.scalar_type())
+    return new_dense(like, {s.batch, channels, size.h, size.w});
   const auto format = s.channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
                                       : torch::headeronly::MemoryFormat::Contiguous;
   return torch::stable::empty({s.batch, channels, size.h, size.w}, dtype, torch::headeronly::Layout::Strided,
@@ -181,7 +184,7 @@ template <typename T>
 void run_direct(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                 const Outputs& out, int64_t from, int64_t to) {
   const auto& kernel = kernels_of<T>();
-  Tensor packed = empty_like_of(x, {kernel.forward_packed_size(s)});
+  Tensor packed = new_dense(x, {kernel.forward_packed_size(s)});
   kernel.forward_pack(s, data<T>(weight), data<T>(get(bias)), mutable_data<T>(packed));
   const int64_t of_image = s.batch == 0 ? 0 : kernel.forward_units(s) / s.batch;
   in_slices(x, (to - from) * of_image, kernel.forward_scratch_bytes(s),
@@ -238,31 +241,33 @@ void run_input_gradient(const ConvPoolShape& s, const Tensor& grad_y, const Tens
 
 template <typename T>
 void run_any_forward(const Call& call, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                     Tensor& map, const Outputs& out) {
+                     const Tensor* map, const Outputs& out) {
   if (!call.average) return run_forward<T>(call.shape, x, weight, bias, call.high, out);
   run_forward<T>(without_pool(call.shape, call.of_output()), x, weight, bias, call.high,
-                 {&map, nullptr, nullptr});
-  run_average(kernels_of<T>(), call.shape, call.of_output() ? kNoActivation : call.activation, map, *out.y);
+                 {map, nullptr, nullptr});
+  run_average(kernels_of<T>(), call.shape, call.of_output() ? kNoActivation : call.activation, *map, *out.y);
 }
 
-// y, and for a backward pass code and what is kept of the map: see operators.schema.
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_any, const Tensor& weight_any,
-                                           const OptionalTensor& bias_any, const Config& config, bool train) {
+// y, and for a backward pass code and what is kept of the map, where there is any: see operators.schema.
+std::tuple<Tensor, OptionalTensor, OptionalTensor> forward(const Tensor& x_any, const Tensor& weight_any,
+                                                           const OptionalTensor& bias_any,
+                                                           const Config& config, bool train) {
   const Call call = check_arguments(x_any, weight_any, bias_any, config);
   const ConvPoolShape& s = call.shape;
   const Tensor x = in_layout(x_any, s.channels_last), weight = in_layout(weight_any, false);
   OptionalTensor bias;
-  if (bias_any) bias = torch::stable::contiguous(*bias_any);
+  if (bias_any) bias = dense(*bias_any);
   const ScalarType dtype = x.scalar_type();
-  Tensor y = empty_image(x, s, s.outputs, s.pooled, dtype);
-  const bool coded = train && !call.average, keeps = train && !call.average && !call.of_output();
-  Tensor code = coded ? empty_image(x, s, s.outputs, s.pooled, ScalarType::Byte)
-                      : empty_like_of(x, {0}, ScalarType::Byte);
-  Tensor kept = keeps ? empty_image(x, s, s.outputs, s.pooled, dtype) : empty_like_of(x, {0});
-  Tensor map = call.average ? empty_image(x, s, s.outputs, s.conv, dtype) : kept;
+  const Tensor y = empty_image(x, s, s.outputs, s.pooled, dtype);
+  OptionalTensor code, kept, map;
+  if (train && !call.average) {
+    code = empty_image(x, s, s.outputs, s.pooled, ScalarType::Byte);
+    if (!call.of_output()) kept = empty_image(x, s, s.outputs, s.pooled, dtype);
+  }
+  if (call.average) map = empty_image(x, s, s.outputs, s.conv, dtype);
   const auto run = dtype == ScalarType::Float ? run_any_forward<float> : run_any_forward<double>;
-  run(call, x, weight, bias, map, {&y, coded ? &code : nullptr, keeps ? &kept : nullptr});
-  if (call.average && call.activation != kNoActivation) kept = map;
+  run(call, x, weight, bias, get(map), {&y, get(code), get(kept)});
+  if (train && call.activation != kNoActivation && map) kept = map;
   return {y, code, kept};
 }
 
@@ -280,10 +285,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_train(Tensor x, Tensor weight, Op
                                                      Text activation, Text pool, Ints pool_size,
                                                      Ints pool_stride, Ints pool_padding, bool ceil_mode,
                                                      Text precision) {
-  return forward(x, weight, bias,
-                 {stride, padding, dilation, groups, activation.take(), pool.take(), pool_size, pool_stride,
-                  pool_padding, ceil_mode, precision.take()},
-                 true);
+  const auto [y, code, kept] = forward(x, weight, bias,
+                                       {stride, padding, dilation, groups, activation.take(), pool.take(),
+                                        pool_size, pool_stride, pool_padding, ceil_mode, precision.take()},
+                                       true);
+  return {y, code ? *code : empty_like_of(x, {0}, ScalarType::Byte), kept ? *kept : empty_like_of(x, {0})};
 }
 
 // The gradient of what the activation is applied to: of the map where the pool is an average, of the winners

@@ -68,9 +68,9 @@ inline Tensor packed_winograd(const WinogradKernels& kernels, const WinogradForw
 
 // What a forward call writes; code and kept may be null.
 struct Outputs {
-  Tensor* y;
-  Tensor* code;
-  Tensor* kept;
+  const Tensor* y;
+  const Tensor* code;
+  const Tensor* kept;
 
   template <typename T>
   T* y_data() const {

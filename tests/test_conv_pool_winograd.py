@@ -86,9 +86,9 @@ def test_ties_and_gradients(compiled, shape, pool, padding, activation, channels
     check_equal(ours, stock, tensors, compiled, OPS, grad_outputs=[grad])
 
 
-# What functional.conv_pool2d promises for random operands, in units of 2^-24: (largest error over the largest
-# output, root mean square error over that of the outputs). torch's own kernels keep to 6 and 4, or reach 46 and
-# 22, by instruction set and layout: no measure for a promise.
+# What functional.conv_pool2d promises for random operands, in units of 2^-24: (largest error over the
+# largest output, root mean square error over that of the outputs). torch's own kernels keep to 6 and 4, or
+# reach 46 and 22, by instruction set and layout: no measure for a promise.
 PROMISED = {"highest": (8, 5), "high": (40, 14)}
 
 

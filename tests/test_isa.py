@@ -68,6 +68,7 @@ def test_suite_on_each_isa(compiled, isa):
             for name in (
                 "conv_pool",
                 "conv_pool_activations",
+                "conv_pool_winograd",
                 "rnn",
                 "cells",
                 "rnn_features",

@@ -2,8 +2,8 @@
 
 import torch
 
-from cnnrnn_ext._autograd_rnn import CellStep, takes_cell_step
-from cnnrnn_ext._backend import use_compiled
+from cnnrnn_ext._autograd_rnn import CellStep
+from cnnrnn_ext._backend import plain_operands, use_compiled
 from cnnrnn_ext._checks import check_choice, check_same, check_tensor, shape_of
 from cnnrnn_ext._checks_rnn import check_gate_weights, check_states
 from cnnrnn_ext.functional._common import HALF, autocast_dtype, cast, needs_grad
@@ -146,7 +146,7 @@ def _run_operator(cell, input, states, weights, entry):
         return new[: CELLS[cell].states]
     operands = input, h, c, *weights
     if needs_grad(*operands):
-        if not torch.compiler.is_compiling() and takes_cell_step(*operands):
+        if not torch.compiler.is_compiling() and plain_operands(*operands):
             new = CellStep.apply(cell, *operands)
             return new if CELLS[cell].states == 2 else (new,)
         h_1, c_1, _ = torch.ops.cnnrnn_ext.rnn_cell_train(cell, *operands)

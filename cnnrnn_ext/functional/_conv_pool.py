@@ -3,7 +3,8 @@
 import torch
 
 from cnnrnn_ext import reference
-from cnnrnn_ext._backend import use_compiled
+from cnnrnn_ext._autograd_conv_pool import ConvPoolTrain
+from cnnrnn_ext._backend import plain_operands, use_compiled
 from cnnrnn_ext._checks import (
     check_choice,
     check_conv_pool_indices,
@@ -21,7 +22,7 @@ from cnnrnn_ext._operator_conv_pool import (
     winner_index,
     winograd_serves,
 )
-from cnnrnn_ext.functional._common import autocast, needs_grad
+from cnnrnn_ext.functional._common import autocast, autocast_dtype, needs_grad
 from cnnrnn_ext.ops import CODE_POSITIONS
 
 PRECISIONS = ("highest", "high")
@@ -110,7 +111,7 @@ def conv_pool2d(
     conv = stride, pads, dilation, groups
     uncovered = (
         uneven
-        or _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size)
+        or conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size)
         or (return_indices and _indices_uncovered(activation))
     )
     if not use_compiled("conv_pool2d", x, uncovered):
@@ -121,13 +122,11 @@ def conv_pool2d(
     if pool == "none":  # to the operators a pool of windows of one position
         options |= NO_POOL
     arguments = (x, weight, bias, stride, pads, dilation, groups, *options.values(), precision)
-    if not (return_indices or needs_grad(x, weight, bias)):
-        y = torch.ops.cnnrnn_ext.conv_pool2d(*arguments)
+    if not return_indices:
+        y = _run(*arguments)
         return y if input.dim() == 4 else y.squeeze(0)
     y, code, _ = torch.ops.cnnrnn_ext.conv_pool2d_train(*arguments)
     y = y if input.dim() == 4 else y.squeeze(0)
-    if not return_indices:
-        return y
     (_, width), _ = conv_pool2d_sizes(
         x, weight, stride, pads, dilation, pool_size, pool_stride, pool_padding, ceil_mode
     )
@@ -187,7 +186,16 @@ def conv_pool1d(
     return tuple(t.squeeze(-2) for t in y) if return_indices else y.squeeze(-2)
 
 
-def _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
+def _run(x, weight, bias, *config):
+    if not needs_grad(x, weight, bias):
+        return torch.ops.cnnrnn_ext.conv_pool2d(x, weight, bias, *config)
+    eager = not torch.compiler.is_compiling() and autocast_dtype(x.device) is None
+    if eager and plain_operands(x, weight, bias):
+        return ConvPoolTrain.apply(x, weight, bias, *config)
+    return torch.ops.cnnrnn_ext.conv_pool2d_train(x, weight, bias, *config)[0]
+
+
+def conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
     """Why the kernels do not serve this configuration, or None. conv: stride, padding, dilation, groups."""
     stride, padding, dilation, groups = conv
     if x.device.type != "cpu":  # the other kernels: of CUDA

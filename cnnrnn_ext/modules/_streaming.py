@@ -17,7 +17,8 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from cnnrnn_ext._autograd_rnn import CellStep, takes_cell_step
+from cnnrnn_ext._autograd_rnn import CellStep
+from cnnrnn_ext._backend import plain_operands
 from cnnrnn_ext.functional._common import needs_grad
 from cnnrnn_ext.reference._cells import CELLS
 from cnnrnn_ext.reference._rnn import rates_per_state
@@ -77,7 +78,7 @@ def stream_cell(cell, module, input, hx):
             own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"],
         )  # fmt: skip
         if is_grad_enabled() and needs_grad(input, h, c, *weights):
-            return CellStep.apply(cell, input, h, c, *weights) if takes_cell_step(*weights) else None
+            return CellStep.apply(cell, input, h, c, *weights) if plain_operands(*weights) else None
         if narrow is None:
             new = rnn_cell(cell, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
         else:

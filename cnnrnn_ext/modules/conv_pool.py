@@ -1,14 +1,72 @@
 """ConvPool1d and ConvPool2d: a convolution module of torch that also activates and pools."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cnnrnn_ext import functional, reference
+from cnnrnn_ext._autograd_conv_pool import ConvPoolTrain
+from cnnrnn_ext._backend import plain, plain_operands
 from cnnrnn_ext._checks import check_choice, check_conv_pool_indices, pool_arguments
+from cnnrnn_ext.functional._common import needs_grad
+from cnnrnn_ext.functional._conv_pool import conv_pool2d_uncovered
+from cnnrnn_ext.modules._streaming import ShortCall
+
+operator = torch.ops.cnnrnn_ext.conv_pool2d.default._op  # without OpOverload.__call__
 
 
-class _ConvPool:
+class _ConvPool(ShortCall):
     """What both dimensions share: the options of activation and pool beside torch's convolution module."""
+
+    # What the operator takes beside input, weight and bias; False where a call may need more than the
+    # operator; None where nobody has asked since the last change of an attribute.
+    _plan = None
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        self.__dict__["_plan"] = None
+
+    def _plan_of(self):
+        weight, padding = self._parameters.get("weight"), self.padding
+        if padding == "valid":
+            padding = (0,) * len(self.kernel_size)
+        conv, pool = (
+            (self.stride, padding, self.dilation),
+            (self.pool_size, self.pool_stride, self.pool_padding),
+        )
+        if (
+            weight is None
+            or self.pool != "max"
+            or self.return_indices
+            or self.padding_mode != "zeros"
+            or not all(type(sizes) is tuple and len(sizes) == weight.dim() - 2 for sizes in (*conv, *pool))
+        ):
+            return False
+        if weight.dim() == 3:
+            weight = weight.unsqueeze(-2)
+            conv = [(extra, *sizes) for extra, sizes in zip((1, 0, 1), conv, strict=True)]
+            pool = [(extra, *sizes) for extra, sizes in zip((1, 1, 0), pool, strict=True)]
+        if conv_pool2d_uncovered(weight, weight, (*conv, self.groups), self.activation, self.pool, pool[0]):
+            return False
+        return *conv, self.groups, self.activation, self.pool, *pool, self.ceil_mode, self.precision
+
+    def _short(self, input):
+        """The operator at once, for an input that is ``plain``; None where it refuses its operands. The way
+        through ``functional`` then does the same, or tells what does not fit."""
+        own = self._parameters
+        try:
+            weight, bias = own["weight"], own["bias"]
+            if needs_grad(input, weight, bias):
+                if not plain_operands(weight, bias):
+                    return None
+                run = ConvPoolTrain.apply
+            else:
+                run = operator
+            if input.dim() == 4:
+                return run(input, weight, bias, *self._plan)
+            return run(input.unsqueeze(-2), weight.unsqueeze(-2), bias, *self._plan).squeeze(-2)
+        except (KeyError, RuntimeError):
+            return None
 
     def _set_options(
         self, activation, pool, pool_size, pool_stride, pool_padding, ceil_mode, precision, return_indices
@@ -49,6 +107,12 @@ class _ConvPool:
         )
 
     def forward(self, input):
+        if plain(input, len(self.kernel_size) + 2):
+            if self._plan is None:
+                self.__dict__["_plan"] = self._plan_of()
+            y = self._short(input) if self._plan else None
+            if y is not None:
+                return y
         return self._conv_pool(input, self.weight, self.bias, self.activation, self.pool)
 
     def extra_repr(self):
