@@ -14,14 +14,20 @@ class RnnForward {
         direct_(few_ || problem.layout.batch <= kDirectBatch || narrow_),
         k((direct_ ? rnn_kernels_of<T>() : packed_kernels_for<T>(problem.layout.batch, problem.half))
               .cells[cell]),
+        input_(narrow_ || problem.layout.rows < kManyRows
+                   ? k
+                   : packed_kernels_for<T>(problem.layout.rows, problem.half).cells[cell]),
         p(problem),
         out(out) {
     work_ = p.scan_work(k.gates) + p.input_work(k.gates);
     workers_ = threads_for(work_, D * panels_ * ceil_div(std::max<int64_t>(layout.rows, 1), k.tile_rows));
     // x * W inside the scan's steps if the weights stay in cache from step to step or many rows share what is
-    // read, else as large products ahead of it: there a panel of W serves the rows of many steps.
+    // read, else as large products ahead of it: there a panel of W serves the rows of many steps, which may
+    // fill tile registers where those of a step do not.
     const int64_t weight_bytes = D * packed(p.input + H) * static_cast<int64_t>(sizeof(T));
-    const bool shared = N >= kFusedRows || (N >= k.tile_rows && weight_bytes / workers_ <= kCachedBytes);
+    const bool cached = weight_bytes / workers_ <= kCachedBytes;
+    const bool alike = direct_ || input_.forward == k.forward;
+    const bool shared = (N >= kFusedRows && alike) || (N >= k.tile_rows && cached);
     fused_ = few_ || (!direct_ && (layout.steps == 1 || shared));
   }
 
@@ -41,10 +47,9 @@ class RnnForward {
     chunk_ = fused_ ? layout.steps : std::max(kProjectedBytes / step_bytes, enough_rows);
     chunk_ = std::min(std::max<int64_t>(chunk_, 1), layout.steps);
     if (!fused_ && !projects_in_place()) projected_ = scratch_.template take<T>(D * chunk_ * N * k.gates * H);
-    if (!direct_) {
-      member_size_ = k.scratch(N, p.input, H, false);
-      member_scratch_ = scratch_.template take<T>(torch::stable::get_num_threads() * member_size_);
-    }
+    if (!direct_) member_size_ = k.scratch(N, fused_ ? p.input : 0, H, false);
+    if (!fused_) member_size_ = std::max(member_size_, input_.scratch(1, p.input, H, false));
+    member_scratch_ = scratch_.template take<T>(torch::stable::get_num_threads() * member_size_);
     for (from_ = 0; from_ < layout.steps; from_ += chunk_) {
       count_ = std::min(chunk_, layout.steps - from_);
       if (!fused_) project();
@@ -58,18 +63,24 @@ class RnnForward {
   // which reads the weights and writes as much to memory.
   static constexpr int64_t kDirectRows = 16, kDirectStepRows = 64, kDirectBatch = 1;
   static constexpr int64_t kFusedRows = 16;
+  // Packing for tile registers takes longer: rows enough to make up for it.
+  static constexpr int64_t kManyRows = 256;
 
   int64_t packed(int64_t depth) const { return k.packed(panels_, depth); }
+  // The kernels that multiply x, and what packed W takes for them.
+  const CellKernels<T>& of_input() const { return fused_ ? k : input_; }
+  int64_t packed_input() const { return of_input().packed(panels_, p.input); }
 
   void pack() {
-    if (!narrow_ && (!fused_ || !direct_)) w_ = scratch_.template take<T>(D * packed(p.input));
+    if (!narrow_ && (!fused_ || !direct_)) w_ = scratch_.template take<T>(D * packed_input());
     if (!direct_) r_ = scratch_.template take<T>(D * packed(H));
     if (!direct_ && p.bias_ih[0]) bias_ = scratch_.template take<T>(D * packed_bias());
     if (!w_) return;
     for_workers(workers_, [&](int64_t worker) {
       const Share share(panels_, worker, workers_);
       for (int64_t d = 0; d < D; ++d) {
-        k.pack_gates(weights(p.weight_ih[d]), H, p.input, share.first, share.last, w_ + d * packed(p.input));
+        of_input().pack_gates(weights(p.weight_ih[d]), H, p.input, share.first, share.last,
+                              w_ + d * packed_input());
         if (r_) k.pack_gates(weights(p.weight_hh[d]), H, H, share.first, share.last, r_ + d * packed(H));
         if (bias_ && worker == 0) k.pack_bias(p.bias_ih[d], p.bias_hh[d], H, bias_ + d * packed_bias());
       }
@@ -90,19 +101,19 @@ class RnnForward {
   }
 
   void project() {
-    const auto project = p.weights == Weights::kBf16   ? k.project_bf16
-                         : p.weights == Weights::kInt8 ? k.project_int8
-                                                       : k.project;
+    const auto project = p.weights == Weights::kBf16   ? input_.project_bf16
+                         : p.weights == Weights::kInt8 ? input_.project_int8
+                                                       : input_.project;
     for_workers(workers_, [&](int64_t worker) {
       for (int64_t d = 0; d < D; ++d) {
         const int64_t t = chunk_time(d), first = layout.offset(t);
         RnnForwardStep<T> step{};
         step.rows = layout.offset(t + count_) - first, step.hidden = H, step.input = p.input;
         step.x = p.x + first * p.input, step.x_stride = p.input;
-        step.w = narrow_ ? p.weight_ih[d] : w_ + d * packed(p.input), step.scale_ih = p.scale_ih[d];
+        step.w = narrow_ ? p.weight_ih[d] : w_ + d * packed_input(), step.scale_ih = p.scale_ih[d];
         step.projection = projection_at(d, t), step.projection_stride = projection_stride();
         step.scratch = member_scratch(worker);
-        const Share share(panels_ * (narrow_ ? 1 : ceil_div(step.rows, k.band_rows)), worker, workers_);
+        const Share share(panels_ * (narrow_ ? 1 : ceil_div(step.rows, input_.band_rows)), worker, workers_);
         project(step, share.first, share.last);
       }
     });
@@ -141,7 +152,7 @@ class RnnForward {
     step.projected = !fused_;
     if (fused_) {
       step.x = p.x + at * p.input, step.x_stride = p.input;
-      step.w = direct_ ? p.weight_ih[d] : w_ + d * packed(p.input);
+      step.w = direct_ ? p.weight_ih[d] : w_ + d * packed_input();
     } else {
       step.projection = projection_at(d, t) + row * projection_stride();
       step.projection_stride = projection_stride();
@@ -192,7 +203,7 @@ class RnnForward {
   }
 
   const bool narrow_, few_, direct_;
-  const CellKernels<T>& k;
+  const CellKernels<T>&k, &input_;  // of the scan, and of x * W where that stands apart
   const RnnProblem<T>& p;
   const RnnOutputs<T>& out;
   const Layout& layout = p.layout;
