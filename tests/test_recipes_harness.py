@@ -8,13 +8,9 @@ import zipfile
 
 import pytest
 import torch
+from _recipes import run
 from _toy_recipe import Toy, register, settings, toy
 
-pytest.importorskip("lightning")
-pytest.importorskip("torchmetrics")
-pytest.importorskip("matplotlib")
-
-from cnnrnn_ext import __main__ as command
 from cnnrnn_ext import _files
 from cnnrnn_ext.recipes import checkpoints, cli, comparison, harness, recipe_class, runs
 from cnnrnn_ext.recipes.base import RecipeError
@@ -33,10 +29,6 @@ def _interrupts():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def run(*options):
-    return command.main([str(option) for option in options])
 
 
 def fit(folder, *, resume=False, **changes):
@@ -375,33 +367,6 @@ def test_help_imports_no_recipe_and_no_lightning(capsys):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
-
-
-# ---- several processes ----
-
-
-def test_shares_of_a_batch_make_the_batch():
-    recipe = toy()
-    split = recipe.load().splits["train"]
-    alone = list(harness.TrainingBatches(recipe, split, 8, lambda: 1, 0, 1))
-    shares = [list(harness.TrainingBatches(recipe, split, 8, lambda: 1, rank, 2)) for rank in range(2)]
-    assert len(alone) == len(shares[0]) == len(shares[1]) == 5
-    for whole, first, second in zip(alone, *shares, strict=True):
-        assert torch.equal(whole.inputs[0][::2], first.inputs[0])
-        assert torch.equal(whole.inputs[0][1::2], second.inputs[0])
-    rows = [harness.EvaluationBatches(recipe, range(77), rank, 3) for rank in range(3)]
-    seen = sorted(row for part in rows for batch in part for row in batch.targets["label"].tolist())
-    assert len(seen) == 77
-    assert [len(part) for part in rows] == [1, 1, 1]
-
-
-def test_batch_size_is_shared_or_refused():
-    assert harness.batch_size(32, 100, 2) == 32
-    assert harness.batch_size(32, 21, 2) == 20
-    with pytest.raises(RecipeError, match="--batch-size 33"):
-        harness.batch_size(33, 100, 2)
-    with pytest.raises(RecipeError, match="too few"):
-        harness.batch_size(32, 1, 2)
 
 
 def test_settings_name_the_recipe(tmp_path):

@@ -73,7 +73,6 @@ class Recipe(abc.ABC):
         quick: {option: value}: what ``--quick`` sets where the user does not, so that a run takes seconds;
             ``load`` cuts the data where ``settings.quick`` is true.
         score: the name of the validation metric that chooses the best checkpoint; more is better.
-        find_unused_parameters: whether a step may leave parameters without a gradient (DDP must know).
 
     Args:
         settings: a namespace with every option that decides a run: ``seed, epochs, batch_size, rate,
@@ -89,7 +88,6 @@ class Recipe(abc.ABC):
     patience = 10
     quick: ClassVar[dict[str, Any]] = {"epochs": 2}
     score = "accuracy"
-    find_unused_parameters = False
 
     def __init__(self, settings):
         self.settings = settings

@@ -12,6 +12,7 @@ from cnnrnn_ext.recipes.options import natural, positive, positive_number
 NEEDED = {  # module: package, for every recipe
     "lightning": "lightning",
     "torchmetrics": "torchmetrics",
+    "captum": "captum",
     "sklearn": "scikit-learn",
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",

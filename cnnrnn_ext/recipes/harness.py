@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from tqdm import tqdm
 
 from cnnrnn_ext import _files
+from cnnrnn_ext.models import MultiModal
 from cnnrnn_ext.recipes import checkpoints
 from cnnrnn_ext.recipes.base import Batch, RecipeError, move
 from cnnrnn_ext.recipes.draws import Draws, order, seed_torch
@@ -290,7 +291,7 @@ def fit(recipe, data, model, folder, *, resume=None, devices=1, progress=True):
             max_epochs=settings.epochs,
             devices=local,
             num_nodes=nodes,
-            strategy=_strategy(world, recipe),
+            strategy=_strategy(world, model),
             precision=settings.precision,
             gradient_clip_val=CLIP,
             callbacks=callbacks,
@@ -330,11 +331,13 @@ def batch_size(wanted, rows, world):
     return size
 
 
-def _strategy(world, recipe):
+def _strategy(world, model):
     if world == 1:
         return "auto"
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    return DDPStrategy(process_group_backend=backend, find_unused_parameters=recipe.find_unused_parameters)
+    # A process whose rows all lack an input leaves that branch without a gradient, which DDP would wait for.
+    unused = any(isinstance(module, MultiModal) for module in model.modules())
+    return DDPStrategy(process_group_backend=backend, find_unused_parameters=unused)
 
 
 def _lost_connection(error):
