@@ -70,3 +70,11 @@ def compiled():
     """For a test of the compiled kernels only."""
     require_compiled()
     return "compiled"
+
+
+@pytest.fixture
+def fresh_graphs():
+    """torch.compile as a new process has it, before the test and behind it."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
