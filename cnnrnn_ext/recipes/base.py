@@ -30,9 +30,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from cnnrnn_ext.recipes.options import UserError
 
-class RecipeError(Exception):
-    """Something the user can put right; the message says what, and is all they need to see."""
+
+class RecipeError(UserError):
+    """Raised by recipes: something the user can put right."""
 
 
 class Batch(NamedTuple):

@@ -25,7 +25,7 @@ def measure_in_fresh_process(recipe, data, folder, size):
     seed, split = recipe.settings.seed, data.splits["train"]
     rows = order(len(split), seed, 0)[:size]
     batch = recipe.batch(split, rows, Draws(seed, 0, rows))
-    path, result = folder / "comparison.pt", folder / "comparison.json"
+    path, result = folder / "comparison.pt", folder / "comparison.part.json"
     content = {**checkpoints.identity(recipe, data.facts), "batch": tuple(batch)}
     _files.replace(path, lambda file: torch.save(content, file))
     try:
@@ -50,7 +50,7 @@ def measure(recipe, facts, batch):
     with trace() as log:
         steps[OURS]()
     quick = {"turn_s": 0.01, "warmup": 1} if recipe.settings.quick else {"turn_s": 0.15}
-    rounds, attempts = (2, 1) if recipe.settings.quick else (11, 3)
+    rounds, attempts = (2, 1) if recipe.settings.quick else (11, 2)
     timings = _timing.paired_until_valid(steps, rounds, attempts, control=STOCK, **quick)
     return {
         "step_ms": {name: timings.median_ms(name) for name in steps},

@@ -131,6 +131,23 @@ def _kernels(recipe, model, data):
     return _conditions.kernels(log) or ["torch.nn"]
 
 
+# ---- the comparison alone ----
+
+
+def compare(name, settings, folder):
+    """Times a training step of the recipe's model and of its rivals; writes comparison.json, prints a table.
+    Nothing else in ``folder`` is touched."""
+    from cnnrnn_ext.recipes import comparison, harness
+
+    recipe = checkpoints.recipe_of(name, settings)
+    data = recipe.load()
+    size = harness.batch_size(recipe.settings.batch_size, len(data.splits["train"]), 1)
+    compared = comparison.measure_in_fresh_process(recipe, data, folder, size)
+    _files.replace_json(folder / "comparison.json", compared)
+    _print_table([*comparison.rows(compared), ("threads", str(compared["conditions"]["threads"]), "")])
+    return 0
+
+
 # ---- evaluate, predict, explain ----
 
 
