@@ -111,3 +111,32 @@ def test_a_graph_refuses_padding_in_statistics():
     x[1, 2:] = torch.nan
     expected = model(x, lengths)
     torch.testing.assert_close(torch.compile(model, backend="eager")(x, lengths), expected)
+
+
+def library_net(name):
+    """A network of torchvision or timm, as its users get it, without its last layer."""
+    try:
+        if name == "torchvision":
+            from torchvision.models import resnet18
+
+            net = resnet18()
+            net.fc = nn.Identity()
+            return net
+        import timm
+
+        return timm.create_model("resnet10t", num_classes=0)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
+        pytest.skip(f"{name} cannot be imported: {error}")
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+def test_networks_of_the_libraries(name, freeze):
+    model = models.CNNRNN(3, 3, (64, 64), hidden_size=8, cnn=library_net(name), freeze_cnn=freeze)
+    before, x = copy.deepcopy(model.cnn.state_dict()), torch.randn(2, 3, 3, 64, 64)
+    model(x).square().sum().backward()
+    assert all((p.grad is None) == freeze for p in model.cnn.parameters())
+    assert all(value.equal(before[key]) for key, value in model.cnn.state_dict().items()) == freeze
+    model.eval()
+    features = torch.stack([model.cnn(x[:, t]) for t in range(3)])
+    torch.testing.assert_close(model(x), model.heads(model.rnn(features)[1][0][-1]))

@@ -163,7 +163,7 @@ def test_another_run_does_not_replace_an_unfinished_one(trained, capsys):
 
 def test_ctrl_c_is_told_and_leaves_the_last_epoch(tmp_path, monkeypatch, capsys):
     stop_after(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert run("train", "toy", "--output", tmp_path) == STOPPED
+    assert run("train", "toy", "--output", tmp_path, "--batch-size", 8) == STOPPED
     assert "goes on" in capsys.readouterr().err
     content = checkpoints.read(tmp_path / "last.ckpt", "toy")
     assert len(content["run"]["history"]["losses"]) == 5

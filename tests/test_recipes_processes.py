@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from _recipes import require, run
-from _toy_recipe import toy
+from _toy_recipe import Toy, toy
 from _train_share import STEPS, losses
 
 import cnnrnn_ext
@@ -43,12 +43,21 @@ def test_shares_of_a_batch_make_the_batch():
 
 
 def test_batch_size_is_shared_or_refused():
-    assert harness.batch_size(32, 100, 2) == 32
-    assert harness.batch_size(32, 21, 2) == 20
+    def size(wanted, rows, world, **changes):
+        return harness.batch_size(toy(batch_size=wanted, **changes), rows, world)
+
+    assert size(32, 100, 2) == 32
+    assert size(32, 21, 2) == 20
+    assert size(None, 1000, 2) == Toy.batch_size == 8
+    assert size(None, 100, 1) == 6  # 16 steps
+    assert size(None, 10, 1) == size(None, 10, 2) == 4
+    assert size(None, 100, 4) == 4
+    assert size(None, 100, 1, quick=True) == 8
+    assert size(None, 3, 1) == 3
     with pytest.raises(RecipeError, match="--batch-size 33"):
-        harness.batch_size(33, 100, 2)
+        size(33, 100, 2)
     with pytest.raises(RecipeError, match="too few"):
-        harness.batch_size(32, 1, 2)
+        size(32, 1, 2)
 
 
 # ---- two processes ----

@@ -75,7 +75,7 @@ def _train_options(parser, recipe):
     parser.add_argument(
         "--batch-size",
         type=positive,
-        help=f"samples of a step, all processes together (default {recipe.batch_size})",
+        help=f"samples of a step, all processes together (default {recipe.batch_size}, fewer of a small set)",
     )
     parser.add_argument(
         "--rate", type=positive_number, help=f"learning rate of Adam at its peak (default {recipe.rate:g})"
@@ -83,7 +83,7 @@ def _train_options(parser, recipe):
     parser.add_argument(
         "--patience",
         type=positive,
-        help=f"epochs without a better score that end a run (default {recipe.patience})",
+        help=f"epochs behind the best score that end a run (default {recipe.patience})",
     )
     add_training(parser)
     compare = parser.add_mutually_exclusive_group()
@@ -157,7 +157,7 @@ def _train(arguments):
 
     recipe = recipe_class(arguments.recipe)
     settings = {name: value for name, value in vars(arguments).items() if name not in FREE}
-    defaults = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "rate", "patience")}
+    defaults = {name: getattr(recipe, name) for name in ("epochs", "rate", "patience")}
     defaults |= recipe.quick if arguments.quick else {}
     settings |= {name: value for name, value in defaults.items() if settings[name] is None}
     settings["data"] = str(arguments.data.absolute()) if arguments.data else None

@@ -27,7 +27,7 @@ def train(name, settings, folder, *, resume=False, fresh=False, compare=False, d
 
     with backend(recipe.settings.backend):
         model = checkpoints.build(recipe, data.facts)
-        size = harness.batch_size(recipe.settings.batch_size, len(data.splits["train"]), 1)
+        size = harness.batch_size(recipe, len(data.splits["train"]), 1)
         _announce(recipe, data, model, size, before)
         history, first = harness.fit(recipe, data, model, folder, resume=before, devices=devices)
         if not first:
@@ -141,7 +141,7 @@ def compare(name, settings, folder):
 
     recipe = checkpoints.recipe_of(name, settings)
     data = recipe.load()
-    size = harness.batch_size(recipe.settings.batch_size, len(data.splits["train"]), 1)
+    size = harness.batch_size(recipe, len(data.splits["train"]), 1)
     compared = comparison.measure_in_fresh_process(recipe, data, folder, size)
     _files.replace_json(folder / "comparison.json", compared)
     _print_table([*comparison.rows(compared), ("threads", str(compared["conditions"]["threads"]), "")])
