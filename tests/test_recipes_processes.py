@@ -91,7 +91,7 @@ def shared(tmp_path_factory):
         for rank in "01"
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=240)[0] for process in processes]
+        told = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
