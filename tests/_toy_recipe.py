@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from cnnrnn_ext import LSTM, recipes
+from cnnrnn_ext import LSTM
+from cnnrnn_ext.recipes import checkpoints
 from cnnrnn_ext.recipes.base import Batch, Data, RecipeError
 from cnnrnn_ext.recipes.classification import Classification
 from cnnrnn_ext.recipes.draws import Draws
@@ -77,5 +78,25 @@ def toy(**changes):
     return Toy(SimpleNamespace(**settings(**changes)))
 
 
-def register(monkeypatch):
-    monkeypatch.setitem(recipes.RECIPES, "toy", ("_toy_recipe", "Toy", "drifts"))
+def fit(folder, *, resume=False, **changes):
+    """(history, model) of a training, without the command line; resume: from ``folder``'s last checkpoint."""
+    from cnnrnn_ext.recipes import harness
+
+    recipe = toy(**changes)
+    data = recipe.load()
+    model = checkpoints.build(recipe, data.facts)
+    content = checkpoints.read(folder / checkpoints.LAST, "toy") if resume else None
+    history, _ = harness.fit(recipe, data, model, folder, resume=content, progress=False)
+    return history, model
+
+
+def stop_after(monkeypatch, batches, how):
+    """Calls ``how`` when that many training batches have been made."""
+    original = Toy.batch
+
+    def batch(self, split, rows, draws=None):
+        if draws is not None and len(self.seen) == batches:
+            how()
+        return original(self, split, rows, draws)
+
+    monkeypatch.setattr(Toy, "batch", batch)

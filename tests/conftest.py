@@ -5,6 +5,7 @@ import os
 # Before torch starts its threads: waiting threads sleep, so that a busy machine slows the suite little.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import signal
 import zlib
 from pathlib import Path
 
@@ -70,3 +71,30 @@ def compiled():
     """For a test of the compiled kernels only."""
     require_compiled()
     return "compiled"
+
+
+@pytest.fixture
+def fresh_graphs():
+    """torch.compile as a new process has it, before the test and behind it."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def toy_recipe(monkeypatch):
+    """The recipe of _toy_recipe.py among the others, under the name "toy"."""
+    from _toy_recipe import Toy
+
+    from cnnrnn_ext import recipes
+
+    monkeypatch.setitem(recipes.RECIPES, "toy", ("_toy_recipe", "Toy", "drifts"))
+    monkeypatch.setattr(Toy, "seen", [])
+
+
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as Python has it, also where the suite's parent ignores it, as a shell's background jobs do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

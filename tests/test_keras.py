@@ -1,56 +1,14 @@
 """from_keras: equal outputs, against Keras itself on its torch backend, with random weights."""
 
-import os
-
-os.environ.setdefault("KERAS_BACKEND", "torch")
-
 import numpy as np
 import pytest
 import torch
+from _keras_models import RECURRENT, compare, keras, layers, quiet, sequential
 from _oracle import running_on
 
-keras = pytest.importorskip("keras", reason="keras is not installed")
-if keras.backend.backend() != "torch":
-    pytest.skip(f"keras runs on {keras.backend.backend()}, not on torch", allow_module_level=True)
+import cnnrnn_ext as cx
 
-import cnnrnn_ext as cx  # noqa: E402
-
-layers = keras.layers
-# numpy tells Keras 3.15 of an argument to come
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
-
-
-def drawn(model):
-    """Random weights everywhere, biases and BatchNormalization's statistics among them."""
-    random = np.random.default_rng(torch.initial_seed() % 2**32)
-    for weight in model.weights:
-        shape = tuple(weight.shape)
-        if "variance" in weight.path:
-            value = random.uniform(0.3, 2.0, shape)
-        else:
-            fan = np.prod(shape[:-1]) if len(shape) > 1 else 4
-            value = random.normal(0.0, 1.0 / np.sqrt(fan), shape)
-        weight.assign(value.astype("float32"))
-    return model
-
-
-def compare(model, x=None):
-    """The converted module, whose outputs are those of the Keras model within 1e-5 (of the largest)."""
-    drawn(model)
-    module = cx.from_keras(model)
-    if x is None:
-        x = torch.randn(3, *model.input_shape[1:])
-    with torch.no_grad():
-        expected = model(x, training=False)
-        result = module(x)
-    assert result.shape == expected.shape
-    assert expected.std() > 1e-3, "the case says nothing: its answers are all alike"
-    assert (result - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
-    return module
-
-
-def sequential(shape, *chain):
-    return keras.Sequential([layers.Input(shape), *chain])
+pytestmark = quiet
 
 
 def seed_frame():
@@ -135,21 +93,29 @@ def test_batch_normalisation_network():
 
 # ---- layers ----
 
-RECURRENT = {
-    "lstm": lambda **o: layers.LSTM(6, **o),
-    "gru": lambda **o: layers.GRU(6, **o),
-    "tanh": lambda **o: layers.SimpleRNN(6, **o),
-    "relu": lambda **o: layers.SimpleRNN(6, activation="relu", **o),
-}
-
 
 @pytest.mark.parametrize("sequences", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_recurrent(mode, kind, bias, sequences):
     layer = RECURRENT[kind](use_bias=bias, return_sequences=sequences)
-    with running_on(mode, {"tanh": "rnn", "relu": "rnn"}.get(kind, kind)):
+    if kind == "gru, reset before":
+        mode = "reference"  # always
+    with running_on(mode, {"tanh": "rnn", "relu": "rnn", "gru, reset before": "gru"}.get(kind, kind)):
         compare(sequential((7, 5), layer))
+
+
+def test_a_reset_gate_before_the_product_says_what_it_runs_on():
+    module = compare(sequential((7, 5), layers.GRU(6, reset_after=False)))
+    x = torch.randn(2, 7, 5)
+    with cx.trace() as log:
+        module(x)
+    assert [(call.op, call.backend) for call in log] == [("gru", "reference")]
+    assert "reset_after=False" in log[0].reason
+    with cx.backend("compiled"), pytest.raises(RuntimeError, match="reset_after=False"):
+        module(x)
+    module.train()(x).square().sum().backward()
+    assert all(p.grad.any() for p in module.parameters())
 
 
 @pytest.mark.parametrize("sequences", [False, True])
@@ -300,94 +266,3 @@ def test_what_comes_out_is_an_ordinary_module():
     torch.testing.assert_close(module(x), twin(x))
     cx.unfuse_(twin)
     torch.testing.assert_close(module(x), twin(x))
-
-
-# ---- refusals ----
-
-
-def branching():
-    inputs = layers.Input((5,))
-    a, b = layers.Dense(4)(inputs), layers.Dense(4)(inputs)
-    return keras.Model(inputs, layers.Add(name="joins")([a, b]))
-
-
-def two_answers():
-    inputs = layers.Input((5,))
-    between = layers.Dense(4)(inputs)
-    return keras.Model(inputs, [between, layers.Dense(3)(between)])
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: sequential((7, 5), layers.GRU(6, reset_after=False, name="g")), "'g' .*reset_after=False"),
-        (lambda: sequential((7, 5), layers.LSTM(6, activation="relu", name="l")), "'l' .*activation='relu'"),
-        (
-            lambda: sequential((7, 5), layers.LSTM(6, recurrent_activation="hard_sigmoid", name="l")),
-            "'l' .*recurrent_activation='hard_sigmoid'",
-        ),
-        (
-            lambda: sequential((7, 5), layers.SimpleRNN(6, activation="elu", name="s")),
-            "'s' .*activation='elu'",
-        ),
-        (lambda: sequential((7, 5), layers.LSTM(6, go_backwards=True, name="l")), "'l' .*go_backwards=True"),
-        (
-            lambda: keras.Sequential(
-                [layers.Input(batch_shape=(2, 7, 5)), layers.LSTM(6, stateful=True, name="l")]
-            ),
-            "'l' .*stateful=True",
-        ),
-        (lambda: sequential((7,), layers.Embedding(9, 4, mask_zero=True, name="e")), "'e' .*mask_zero=True"),
-        (lambda: sequential((7, 5), layers.Masking(name="m")), "'m' .Masking.*not supported"),
-        (
-            lambda: sequential((3, 8, 8), layers.Conv2D(4, 3, data_format="channels_first", name="c")),
-            "'c' .*data_format='channels_first'",
-        ),
-        (lambda: sequential((8, 8, 3), layers.SeparableConv2D(4, 3, name="c")), "'c' .SeparableConv2D"),
-        (
-            lambda: sequential((8, 8, 3), layers.AveragePooling2D(2, padding="same", name="p")),
-            "'p' .*padding='same'",
-        ),
-        (lambda: sequential((8, 3), layers.BatchNormalization(axis=1, name="b")), "'b' .*axis=1"),
-        (lambda: sequential((8,), layers.Activation("hard_silu", name="a")), "'a' .*activation='hard_silu'"),
-        (lambda: sequential((8,), layers.ReLU(threshold=1.0, name="r")), "'r' .*threshold=1.0"),
-        (
-            lambda: sequential(
-                (7, 5), layers.Bidirectional(layers.LSTM(3, return_sequences=True), merge_mode=None, name="b")
-            ),
-            "'b' .*merge_mode=None",
-        ),
-        (
-            lambda: sequential(
-                (7, 5),
-                layers.Bidirectional(
-                    layers.LSTM(3), backward_layer=layers.LSTM(4, go_backwards=True), name="b"
-                ),
-            ),
-            "'b' .*units",
-        ),
-        (lambda: keras.Sequential([layers.Dense(3)]), "not built"),
-        (branching, "only a linear chain"),
-        (two_answers, "2 outputs"),
-        (
-            lambda: sequential((5,), layers.Dense(4, dtype="mixed_bfloat16", name="d")),
-            "'d' .*mixed_bfloat16",
-        ),
-    ],
-)
-def test_what_has_no_equivalent_is_named(make, words):
-    with pytest.raises(ValueError, match=words):
-        cx.from_keras(make())
-
-
-def test_other_objects_are_refused():
-    for value in (torch.nn.Linear(2, 2), layers.Dense(3), "model.keras"):
-        with pytest.raises(TypeError, match="model"):
-            cx.from_keras(value)
-
-
-def test_dropout_within_recurrent_layers_is_told():
-    model = sequential((7, 5), layers.LSTM(6, dropout=0.2, recurrent_dropout=0.1, name="l"))
-    with pytest.warns(UserWarning, match="'l' .*dropout=0.2") as told:
-        compare(model)
-    assert len([w for w in told if "left out" in str(w.message)]) == 2

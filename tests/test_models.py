@@ -1,4 +1,4 @@
-"""What all models keep: formulas, backbones, compile, export, state dicts, copies, errors."""
+"""What all models keep: formulas, compile, export, state dicts, copies, errors."""
 
 import copy
 import io
@@ -52,13 +52,6 @@ def run(function, model, inputs):
     sum((y**2).sum() for y in logits).backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
     return [y.detach() for y in logits], gradients
-
-
-@pytest.fixture
-def _fresh():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 # ---- the formulas, as they are written ----
@@ -119,113 +112,11 @@ def test_the_seeds_network(compiled):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-# ---- the user's CNN ----
-
-
-def backbone(width=6):
-    return nn.Sequential(
-        nn.Conv2d(2, width, 3, stride=2, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.AdaptiveAvgPool2d(1),
-    )
-
-
-def test_any_module_as_cnn():
-    """Its features are found by trying, which leaves it as it was; then it is run on every frame."""
-    cnn = backbone()
-    before, random = copy.deepcopy(cnn.state_dict()), torch.get_rng_state()
-    cnn[3].eval()
-    model = models.CNNRNN(3, 2, (12, 12), hidden_size=5, cnn=cnn, readout="mean")
-    rnn = cx.LSTM(6, 5)
-    torch.set_rng_state(random)
-    assert model.cnn is cnn
-    assert model.rnn.input_size == 6
-    assert [m.training for m in cnn.modules()] == [True, True, True, True, False, True]
-    for name, value in cnn.state_dict().items():
-        assert value.equal(before[name]), name
-    model.eval()
-    x = clips(4, 4)
-    rnn.load_state_dict(model.rnn.state_dict())
-    features = torch.stack([cnn(x[:, t]).flatten(1) for t in range(4)])
-    torch.testing.assert_close(model(x), model.heads(rnn(features)[0].mean(0)))
-
-
-def test_feature_size_is_asked_where_frames_have_no_one_size():
-    model = models.CNNRNN(3, 2, None, hidden_size=5, cnn=backbone(), feature_size=6).eval()
-    for size in (9, 14):
-        x = torch.randn(2, 3, 2, size, size + 2)
-        torch.testing.assert_close(model(x)[1:], model(x[1:]))
-    for arguments in ({"cnn": backbone()}, {"cnn": "seed"}, {"cnn": "seed", "feature_size": 3}):
-        with pytest.raises(ValueError, match="frame_size"):
-            models.CNNRNN(3, 2, None, **arguments)
-
-
-@pytest.mark.parametrize("cnn", ["resnet", "module"])
-def test_frozen_cnn(cnn):
-    """Through train(), of a parent too: BatchNorm keeps its statistics; only frames get a gradient."""
-    cnn = backbone() if cnn == "module" else cnn
-    model = models.CNNRNN(3, 2, (12, 12), (8, 8), 5, cnn=cnn, freeze_cnn=True)
-    parent = models.MultiModal({"video": model}, 3, fusion="late").eval().train()
-    norms = [module for module in model.cnn.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert norms
-    assert not any(module.training for module in model.cnn.modules())
-    assert model.rnn.training
-    before = copy.deepcopy(model.cnn.state_dict())
-    x = clips(4, 2).requires_grad_()
-    optimizer = torch.optim.SGD(parent.parameters(), lr=0.1)
-    parent({"video": (x, torch.tensor([4, 2]))}).square().sum().backward()
-    optimizer.step()
-    assert all(p.grad is None for p in model.cnn.parameters())
-    assert model.rnn.weight_ih_l0.grad.any()
-    assert x.grad[0].any()
-    for name, value in model.cnn.state_dict().items():
-        assert value.equal(before[name]), name
-    with torch.no_grad():
-        assert model(x).equal(model(x))  # no dropout within
-
-
-def test_fine_tuned_cnn_trains():
-    model = models.CNNRNN(3, 2, (12, 12), (8, 8), 5, cnn="resnet").eval().train()
-    norm = next(module for module in model.cnn.modules() if isinstance(module, nn.BatchNorm2d))
-    before = norm.running_mean.clone()
-    model(clips(4, 4)).square().sum().backward()
-    assert not norm.running_mean.equal(before)
-    assert all(p.grad is not None for p in model.cnn.parameters())
-
-
-def test_padding_enters_no_statistics():
-    """BatchNorm in training sees the frames before the rows' ends only."""
-    x, lengths = clips(4, 4), torch.tensor([4, 1])
-    results = []
-    for fill in (0.0, 1e6, torch.nan):
-        torch.manual_seed(0)
-        model = models.CNNRNN(3, 2, (12, 12), (8, 8), 5, cnn="resnet")
-        x[1, 1:] = fill
-        results.append([model(x, lengths), *model.buffers()])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert a.equal(b)
-
-
-@pytest.mark.usefixtures("_fresh")
-def test_a_graph_refuses_padding_in_statistics():
-    """One graph cannot leave padding out; torch.compile that may break it runs that part without a graph."""
-    model = models.CNNRNN(3, 2, (12, 12), hidden_size=5, cnn=nn.Sequential(*backbone()[:3]))
-    x, lengths = clips(4, 2), torch.tensor([4, 2])
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="BatchNorm"):
-        torch.compile(model, backend="eager", fullgraph=True)(x, lengths)
-    x[1, 2:] = torch.nan
-    expected = model(x, lengths)
-    torch.testing.assert_close(torch.compile(model, backend="eager")(x, lengths), expected)
-
-
 # ---- every model ----
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.parametrize("name", ["cnnrnn", "rnncnn", "parallel", "seq2seq"])
 def test_full_graph(name):
     """One graph of torch.compile, with lengths, forward and backward; our operators stand in it."""

@@ -148,6 +148,26 @@ def test_missing_for_the_whole_batch(fusion):
         torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("fusion", ["late", "gated"])
+def test_each_alone(fusion):
+    """The answers of the subsets of one, in the rows that have them; each branch runs once for all."""
+    model, given, calls = build(fusion), inputs(), []
+    for name, branch in model.branches.items():
+        branch.rnn.register_forward_hook(lambda *_, name=name: calls.append(name))
+    answer, alone = model.with_each_alone(given, present())
+    assert calls == ["video", "audio"]
+    expected = model(given, present())
+    for head, y in expected.items():
+        torch.testing.assert_close(answer[head], y)
+    assert list(alone) == ["video", "audio"]
+    for name, (logits, here) in alone.items():
+        assert here.equal(present()[name])
+        expected = model({name: given[name]}, {name: here})
+        for head, y in expected.items():
+            torch.testing.assert_close(logits[head][here], y[here])
+            assert (y[here] - answer[head][here])[0].abs().max() > 1e-4
+
+
 def test_branch_dropout():
     """In training only, each row loses branches at random, never all: its answer is one of its subsets'."""
     model, given = build("late", branch_dropout=0.5), inputs()

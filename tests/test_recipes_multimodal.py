@@ -6,17 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from _recipe_settings import settings_of
+from _recipes import require, run, settings_of
 
-from cnnrnn_ext.__main__ import main
 from cnnrnn_ext.recipes.data import multimodal as data
 from cnnrnn_ext.recipes.data import speech
 from cnnrnn_ext.recipes.draws import Draws
 from cnnrnn_ext.recipes.multimodal import Multimodal
 
-soundfile = pytest.importorskip("soundfile")
-for module in ("lightning", "torchmetrics", "matplotlib", "sklearn", "scipy", "av", "captum"):
-    pytest.importorskip(module)
+require(Multimodal)
+import soundfile  # noqa: E402
 
 
 @functools.cache
@@ -44,14 +42,16 @@ def test_what_is_heard_is_the_digit_that_is_seen(monkeypatch):
 @pytest.mark.parametrize("training", [False, True])
 def test_a_row_does_not_depend_on_its_batch(training):
     _, found = loaded()
-    split, rows = found.splits["train"], [3, 8, 20]
+    split, rows = found.splits["train"], [3, 8, 20, 33]
     many, here, _ = split.sample(rows, Draws(0, 1, rows) if training else None)
-    alone, there, _ = split.sample([8], Draws(0, 1, [8]) if training else None)
-    for name in data.MODALITIES:
-        length = int(alone[name][1][0])
-        assert many[name][1][1] == length
-        torch.testing.assert_close(many[name][0][1, :length], alone[name][0][0, :length], atol=0, rtol=0)
-        assert here[name][1] == there[name][0]
+    assert all(len(set(many[name][1].tolist())) > 1 for name in data.MODALITIES)
+    for place, row in enumerate(rows):
+        alone, there, _ = split.sample([row], Draws(0, 1, [row]) if training else None)
+        for name in data.MODALITIES:
+            length = int(alone[name][1][0])
+            assert many[name][1][place] == length
+            torch.testing.assert_close(many[name][0][place, :length], alone[name][0][0], atol=0, rtol=0)
+            assert here[name][place] == there[name][0]
 
 
 def test_half_of_the_rows_lack_one_of_the_two_and_none_both():
@@ -113,7 +113,7 @@ def test_from_training_to_explanation(tmp_path, capsys):
 
     out = tmp_path / "out"
     output = ["--output", str(out)]
-    assert main(["train", "multimodal", "--quick", "--epochs", "1", "--threads", "1", *output]) == 0
+    assert run("train", "multimodal", "--quick", "--epochs", "1", "--threads", "1", *output) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics["figures"]) == {"both", "video_only", "audio_only"}
     assert all(0 <= value <= 1 for value in metrics["figures"].values())
@@ -130,13 +130,13 @@ def test_from_training_to_explanation(tmp_path, capsys):
     capsys.readouterr()
     answers = []
     for given in (["--video", clip], ["--audio", sound], ["--video", clip, "--audio", sound]):
-        assert main(["predict", "multimodal", *map(str, given), *output, "--json"]) == 0
+        assert run("predict", "multimodal", *map(str, given), *output, "--json") == 0
         (said,) = json.loads(capsys.readouterr().out)
         answers.append(said["label"]["probabilities"])
     assert answers[2] not in answers[:2]  # both count
     pair = ["--video", str(clip), "--audio", str(sound)]
-    assert main(["predict", "multimodal", *pair, str(sound), *output]) == 1
+    assert run("predict", "multimodal", *pair, str(sound), *output) == 1
     assert "as many of one as of the other" in capsys.readouterr().err
-    assert main(["explain", "multimodal", *pair, *output]) == 0
+    assert run("explain", "multimodal", *pair, *output) == 0
     assert "shares in the answer: video" in capsys.readouterr().out
     assert (out / "explanation.png").stat().st_size > 20000

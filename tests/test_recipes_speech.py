@@ -8,18 +8,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from _recipe_settings import settings_of
+from _recipes import require, run, settings_of
 
-from cnnrnn_ext.__main__ import main
 from cnnrnn_ext.recipes import ctc
 from cnnrnn_ext.recipes.data import spectrogram
 from cnnrnn_ext.recipes.data import speech as data
 from cnnrnn_ext.recipes.draws import Draws
 from cnnrnn_ext.recipes.speech import Answer, Speech, Strings, Words
 
-soundfile = pytest.importorskip("soundfile")
-for module in ("lightning", "torchmetrics", "matplotlib", "scipy", "captum"):
-    pytest.importorskip(module)
+require(Speech)
+import soundfile  # noqa: E402
 
 
 @functools.cache
@@ -161,7 +159,7 @@ def test_words_from_training_to_explanation(tmp_path, capsys):
     """A short training learns; what it wrote is used by the other commands."""
     out = tmp_path / "out"
     options = ["--quick", "--epochs", "4", "--output", str(out), "--threads", "1"]
-    assert main(["train", "speech", *options]) == 0
+    assert run("train", "speech", *options) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["test"]["accuracy"] >= 0.3  # guessing: 0.1
     assert "spoken digits, synthetic, by" in metrics["data"]["source"]
@@ -170,25 +168,23 @@ def test_words_from_training_to_explanation(tmp_path, capsys):
     folder = spoken(tmp_path / "mine", count=1)
     files = [str(path) for path in sorted(folder.rglob("*.wav"))]
     capsys.readouterr()
-    assert main(["predict", "speech", *files, "--output", str(out), "--json"]) == 0
+    assert run("predict", "speech", *files, "--output", str(out), "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in said] == files
     assert all(sum(row["label"]["probabilities"].values()) == pytest.approx(1) for row in said)
 
-    assert main(["explain", "speech", files[0], "--output", str(out)]) == 0
+    assert run("explain", "speech", files[0], "--output", str(out)) == 0
     assert (out / "explanation.png").stat().st_size > 20000
 
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF")
     two = ["predict", "speech", files[0], str(broken), "--output", str(out)]
-    assert main(two) == 1
+    assert run(*two) == 1
     assert "broken.wav: cannot be read" in capsys.readouterr().err
-    assert (
-        main(["predict", "speech", files[0], str(broken), "--output", str(out), "--bad-files", "skip"]) == 0
-    )
+    assert run("predict", "speech", files[0], str(broken), "--output", str(out), "--bad-files", "skip") == 0
     assert capsys.readouterr().out.count("\n") == 1
 
-    assert main(["evaluate", "speech", "--data", str(folder), "--output", str(out)]) == 0
+    assert run("evaluate", "speech", "--data", str(folder), "--output", str(out)) == 0
     assert json.loads((out / "evaluation.json").read_text())["samples"] == 3
 
 
@@ -204,28 +200,28 @@ def test_strings_of_the_users_own(tmp_path, capsys):
     table.write_text("\n".join([*lines, f"{one}\t" + "one " * 50]), encoding="utf-8")
     out = tmp_path / "out"
     command = ["train", "speech", "--quick", "--data", str(table), "--output", str(out), "--threads", "1"]
-    assert main(command) == 1
+    assert run(*command) == 1
     assert "too short for its transcript" in capsys.readouterr().err
     assert not (out / "last.ckpt").exists()
-    assert main([*command, "--bad-files", "skip", "--units", "characters", "--epochs", "1"]) == 0
+    assert run(*command, "--bad-files", "skip", "--units", "characters", "--epochs", "1") == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["data"]["skipped"]) == 1
     assert metrics["test"]["word_accuracy"] == pytest.approx(1 - metrics["test"]["wer"])
     other = tmp_path / "other.tsv"
     other.write_text(f"{one}\tone\n{one}\tzzz\n", encoding="utf-8")
-    assert main(["evaluate", "speech", "--data", str(other), "--output", str(out)]) == 1
+    assert run("evaluate", "speech", "--data", str(other), "--output", str(out)) == 1
     assert "the model does not know 'z'" in capsys.readouterr().err
 
 
 def test_wrong_kinds_of_data_are_told(tmp_path, capsys):
     (tmp_path / "one").mkdir()
     output = ["--output", str(tmp_path / "out"), "--quick"]
-    assert main(["train", "speech", "--data", str(tmp_path / "none"), *output]) == 1
+    assert run("train", "speech", "--data", str(tmp_path / "none"), *output) == 1
     assert "expected a folder for each word, found nothing" in capsys.readouterr().err
-    assert main(["train", "speech", "--task", "strings", "--data", str(tmp_path), *output]) == 1
+    assert run("train", "speech", "--task", "strings", "--data", str(tmp_path), *output) == 1
     assert "expected a table of recordings and transcripts" in capsys.readouterr().err
-    assert main(["train", "speech", "--data", str(tmp_path), "--bad-files", "skip", *output]) == 1
+    assert run("train", "speech", "--data", str(tmp_path), "--bad-files", "skip", *output) == 1
     assert "recordings of two words at least" in capsys.readouterr().err
     wrong = ["train", "speech", "--data", str(spoken(tmp_path / "w", 3)), "--speaker", "no-group", *output]
-    assert main(wrong) == 1
+    assert run(*wrong) == 1
     assert "--speaker: expected a regular expression with a group" in capsys.readouterr().err

@@ -7,23 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from _recipes import require, run
 
-pytest.importorskip("babel")
-pytest.importorskip("sklearn")
-pytest.importorskip("lightning")
-pytest.importorskip("torchmetrics")
-pytest.importorskip("matplotlib")
-
-from cnnrnn_ext import __main__ as command
 from cnnrnn_ext.recipes.base import RecipeError
 from cnnrnn_ext.recipes.data import labelled, names, tokens
 from cnnrnn_ext.recipes.data.files import BadFiles
 from cnnrnn_ext.recipes.draws import Draws
 from cnnrnn_ext.recipes.text import Text
 
-
-def run(*options):
-    return command.main([str(option) for option in options])
+require(Text)
 
 
 # ---- the embedded names ----

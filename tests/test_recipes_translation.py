@@ -5,16 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _recipe_settings import settings_of
+from _recipes import require, run, settings_of
 
-from cnnrnn_ext.__main__ import main
 from cnnrnn_ext.recipes.base import Batch
 from cnnrnn_ext.recipes.data import translation as data
 from cnnrnn_ext.recipes.data.files import BadFiles
 from cnnrnn_ext.recipes.translation import BEGIN, END, PAD, UNKNOWN, Alphabet, Translation, facts_of, scores
 
-for module in ("lightning", "torchmetrics", "matplotlib", "babel", "django", "sacrebleu"):
-    pytest.importorskip(module)
+require(Translation)
 
 FACTS = {"languages": ["de", "fr"], "characters": list(" abcdeé"), "longest": 12}
 
@@ -193,22 +191,20 @@ def test_a_cipher_is_learned_from_a_users_table(tmp_path, capsys):
         "--patience",
         "20",
     ]
-    assert (
-        main([*command, "--batch-size", "16", "--rate", "0.01", "--output", str(out), "--threads", "1"]) == 0
-    )
+    assert run(*command, "--batch-size", "16", "--rate", "0.01", "--output", str(out), "--threads", "1") == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["test"]["exact_match"] >= 0.5
     assert metrics["figures"]["copy"]["exact_match"] == 0
     assert metrics["figures"]["by_kind"]["own"]["pairs"] == metrics["test_samples"]
     assert {path.name for path in out.glob("*.png")} == {"training.png", "examples.png", "attention.png"}
     capsys.readouterr()
-    assert main(["predict", "translation", "abba", "dada", "--output", str(out), "--json"]) == 0
+    assert run("predict", "translation", "abba", "dada", "--output", str(out), "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in said] == ["abba", "dada"]
     assert all(set(row["text"]) <= set("stuvwxyz") for row in said)
-    assert main(["predict", "translation", "abba", "--to", "fr", "--output", str(out)]) == 1
+    assert run("predict", "translation", "abba", "--to", "fr", "--output", str(out)) == 1
     assert "--to fr" in capsys.readouterr().err
-    assert main(["explain", "translation", "abba", "--output", str(out)]) == 0
+    assert run("explain", "translation", "abba", "--output", str(out)) == 0
     assert (out / "explanation.png").stat().st_size > 10000
 
 
@@ -216,7 +212,7 @@ def test_bad_tables_are_refused(tmp_path, capsys):
     table = tmp_path / "pairs.tsv"
     table.write_text("a\tb\nc\n", encoding="utf-8")
     command = ["train", "translation", "--output", str(tmp_path / "out"), "--data"]
-    assert main([*command, str(table)]) == 1
+    assert run(*command, str(table)) == 1
     assert "pairs.tsv, line 2: expected source, target" in capsys.readouterr().err
-    assert main([*command, str(tmp_path / "none.tsv")]) == 1
+    assert run(*command, str(tmp_path / "none.tsv")) == 1
     assert "No such file" in capsys.readouterr().err

@@ -1,37 +1,21 @@
 """The video recipe: what its clips promise, the user's own clips, good ones and bad ones."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from _recipes import require, run
 
-pytest.importorskip("av")
-pytest.importorskip("sklearn")
-pytest.importorskip("lightning")
-pytest.importorskip("torchmetrics")
-pytest.importorskip("matplotlib")
-
-import av
-
-from cnnrnn_ext import __main__ as command
-from cnnrnn_ext.recipes import checkpoints
 from cnnrnn_ext.recipes.base import RecipeError
 from cnnrnn_ext.recipes.data import clips, digits, moving_digits
 from cnnrnn_ext.recipes.draws import Draws
 from cnnrnn_ext.recipes.video import Video
 
-
-def run(*options):
-    return command.main([str(option) for option in options])
-
+require(Video)
+import av  # noqa: E402
 
 # ---- the embedded clips ----
 
@@ -351,70 +335,3 @@ def test_predict_refuses_or_skips_what_is_no_clip(own, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out.startswith(str(own / "rising" / "clip0.mp4") + ": ")
     assert len(captured.out.splitlines()) == 1
-
-
-# ---- several processes ----
-
-
-def _children(pid):
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it ended meanwhile
-        if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return sorted(found)
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
-def test_two_processes_train_as_one_and_a_killed_worker_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    options = ["train", "video", "--quick", "--epochs", "40", "--hidden-size", "16", "--threads", "1"]
-    both = tmp_path / "both"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cnnrnn_ext"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[1])}
-    with subprocess.Popen(
-        [*launcher, *options, "--output", both], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        began = time.monotonic()
-        while not (both / "last.ckpt").exists() and process.poll() is None:
-            assert time.monotonic() - began < 120
-            time.sleep(0.05)
-        os.kill(_children(process.pid)[-1], signal.SIGKILL)
-        told = process.communicate(timeout=120)[0]
-        assert process.returncode != 0
-    assert "SIGKILL" in told or "another process of this training ended" in told
-    content = checkpoints.read(both / "last.ckpt", "video")
-    losses = content["run"]["history"]["losses"]
-    epochs = len(losses) // 4
-    assert epochs >= 1
-    assert len(losses) == 4 * epochs < 160
-    assert not (both / "metrics.json").exists()
-
-    # One process alone, and one that goes on where the two were killed, both stopped an epoch later.
-    batch = Video.batch
-    left, allowed = [], []
-
-    def stopping(self, split, rows, draws=None):
-        if draws is not None:
-            left.append(rows)
-            if len(left) > allowed[0]:
-                raise KeyboardInterrupt
-        return batch(self, split, rows, draws)
-
-    monkeypatch.setattr(Video, "batch", stopping)
-    found = {}
-    for folder, steps in ((tmp_path / "one", 4 * (epochs + 1)), (both, 4)):
-        left.clear()
-        allowed[:] = [steps]
-        assert run(*options, "--output", folder) == 130
-        history = checkpoints.read(folder / "last.ckpt", "video")["run"]["history"]
-        assert len(history["losses"]) == 4 * (epochs + 1)
-        found[folder] = history["losses"]
-    # 64 samples' gradients added up in another order
-    torch.testing.assert_close(
-        torch.tensor(found[both]), torch.tensor(found[tmp_path / "one"]), rtol=0, atol=2e-4
-    )
-    assert losses == found[both][: 4 * epochs]

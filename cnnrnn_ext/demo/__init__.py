@@ -3,6 +3,8 @@
 Run it with ``python -m cnnrnn_ext demo``; it needs the packages of the ``demo`` extra.
 """
 
+from cnnrnn_ext.recipes.options import UserError
 
-class DemoError(Exception):
-    """Something the user can put right; the message says what, and is all they need to see."""
+
+class DemoError(UserError):
+    """Raised by the demo: something the user can put right."""

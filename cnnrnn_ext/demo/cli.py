@@ -1,50 +1,27 @@
 """``python -m cnnrnn_ext demo``: trains, compares, draws, and prints a short table."""
 
-import importlib.util
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from cnnrnn_ext.demo import DemoError
-from cnnrnn_ext.recipes.options import natural, positive
+from cnnrnn_ext.recipes.options import STOPPED, add_place, add_training, guarded, positive, prepare
 
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}  # module: package
-STOPPED = 130  # exit status of a program that Ctrl-C ended
 
 
 def add_arguments(parser):
+    add_place(parser, "out/demo")
     parser.add_argument("--epochs", type=positive, help="length of the training (default: the recipe's)")
-    parser.add_argument("--seed", type=natural, default=0, help="of data, weights and batches (default 0)")
-    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder (default out/demo)")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="continue the output folder's run, or fail")
-    start.add_argument("--fresh", action="store_true", help="start anew, whatever the output folder holds")
-    parser.add_argument(
-        "--backend", choices=("auto", "compiled", "reference"), default="auto",
-        help="what our modules run on: compiled kernels where there are any, only those, or plain PyTorch",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=positive, help="of torch (default: torch's choice)")
-    parser.add_argument("--quick", action="store_true", help="a tiny run that shows that everything works")
+    add_training(parser)
 
 
 def run(arguments):
     """The whole demo; returns the exit status. ``arguments``: what add_arguments' parser gave."""
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return _fail(f"the demo needs {', '.join(missing)}: pip install cnnrnn_ext[demo]")
-    try:
-        return _run(arguments)
-    except DemoError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return STOPPED
-
-
-def _fail(message):
-    print(f"cnnrnn_ext demo: {message}", file=sys.stderr)
-    return 1
+    return guarded(
+        lambda: _run(arguments), what="demo", needed=NEEDED, extra="demo",
+        stopped="The same command goes on from the last checkpoint.",
+    )  # fmt: skip
 
 
 def _run(arguments):
@@ -56,12 +33,7 @@ def _run(arguments):
     from cnnrnn_ext.recipes.data import digits
 
     output, checkpoint = arguments.output, arguments.output / "checkpoint.pt"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"{output}: cannot be made a folder: {error.strerror}") from error
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    prepare(arguments)
     recipe = _recipe(arguments)
     model, optimizer, progress = _start(arguments, recipe, checkpoint)
     scans = training.load_scans(recipe)

@@ -1,23 +1,24 @@
 """Each Keras layer as modules: a converter for every class, and a table of them."""
 
-import warnings
 from collections import OrderedDict
 
 import torch
 from torch import nn
 
 from cnnrnn_ext.interop._keras_modules import (
-    MERGES,
     ChannelsLast,
     GlobalPool,
+    Masking,
+    MaskingEmbedding,
     OverLast,
     Pad,
     Permute,
-    Recurrent,
     Reshape,
     TimeDistributed,
 )
-from cnnrnn_ext.modules import GRU, LSTM, RNN, ConvPool1d, ConvPool2d
+from cnnrnn_ext.interop._keras_options import Options, set_
+from cnnrnn_ext.interop._keras_recurrent import bidirectional, recurrent
+from cnnrnn_ext.modules import ConvPool1d, ConvPool2d
 
 # ---- the chain of layers ----
 
@@ -63,15 +64,49 @@ def _parents(value):
 
 def modules_of(model):
     """[(layer name, module)] of a model's chain."""
-    return [pair for layer in chain(model) for pair in _converted(layer)]
+    return _followed(model, masked=False)[0]
+
+
+def _followed(layer, masked):
+    """([(name, module)] of a layer, or of a model's chain; whether a mask goes on behind it).
+
+    masked: whether a mask comes with its input.
+    """
+    if not hasattr(layer, "layers"):
+        pairs = _converted(layer)
+        return pairs, _mask_behind(layer, [module for _, module in pairs], masked)
+    pairs = []
+    for part in chain(layer):
+        found, masked = _followed(part, masked)
+        pairs += found
+    return pairs, masked
+
+
+READ_MASKS = ("LSTM", "GRU", "SimpleRNN", "Bidirectional", "GlobalAveragePooling1D")
+PASS_MASKS_ON = ("InputLayer", "Dense", "Dropout", "Activation", "ReLU", "LeakyReLU", "ELU")
+
+
+def _mask_behind(layer, modules, masked):
+    """Whether a mask goes on behind a layer, as Keras has it; its modules that read one are told to."""
+    if any(hasattr(module, "mask_of") for module in modules):
+        return True
+    if not masked:
+        return False
+    inner = layer.layer if type(layer).__name__ == "TimeDistributed" else layer
+    if type(inner).__name__ in PASS_MASKS_ON:
+        return True
+    if type(layer).__name__ in READ_MASKS:
+        modules[-1].reads_mask = True
+        return getattr(modules[-1], "return_sequences", False)
+    if layer.supports_masking:
+        raise Options(layer).error("it would read a mask here, which is not supported")
+    return False  # Keras drops it too
 
 
 def _converted(layer):
     """[(name, module)] of one layer."""
-    if hasattr(layer, "layers"):  # a model within
-        return modules_of(layer)
     kind = type(layer).__name__
-    options = _Options(layer)
+    options = Options(layer)
     if kind not in CONVERTERS or not type(layer).__module__.startswith("keras."):
         raise options.error("this kind of layer is not supported")
     if getattr(layer, "compute_dtype", None) != getattr(layer, "variable_dtype", None):
@@ -83,31 +118,6 @@ def _converted(layer):
             if isinstance(module, OverLast):
                 module.keep_statistics()
     return [(layer.name, module) for module in modules]
-
-
-class _Options:
-    """A layer's configuration, whose refusals name the layer and the option."""
-
-    def __init__(self, layer):
-        self.layer, self.config = layer, layer.get_config()
-
-    def __getitem__(self, name):
-        return self.config[name]
-
-    def error(self, why):
-        return ValueError(f"layer {self.layer.name!r} ({type(self.layer).__name__}): {why}")
-
-    def require(self, **values):
-        """Refuses options that are there and have another value."""
-        for name, value in values.items():
-            if name in self.config and self.config[name] != value:
-                raise self.error(f"{name}={self.config[name]!r} is not supported, only {value!r}")
-
-    def weights(self, count):
-        arrays = self.layer.get_weights()
-        if len(arrays) != count:
-            raise self.error(f"expected {count} weights, it has {len(arrays)}; is the model built?")
-        return [torch.tensor(array) for array in arrays]
 
 
 # ---- activations ----
@@ -169,9 +179,9 @@ def _convolution(dims):
             kernel.shape[-2] * groups, kernel.shape[-1], tuple(size), tuple(stride), padding, tuple(dilation),
             groups, bool(bias), activation="none", pool="none", dtype=kernel.dtype,
         )  # fmt: skip
-        _set(conv.weight, kernel.movedim((-1, -2), (0, 1)))
+        set_(conv.weight, kernel.movedim((-1, -2), (0, 1)))
         if bias:
-            _set(conv.bias, bias[0])
+            set_(conv.bias, bias[0])
         return [*before, ChannelsLast(conv), *_activation(options)]
 
     return convert
@@ -204,100 +214,15 @@ def _global_pool(kind):
     return convert
 
 
-# ---- recurrent layers ----
-
-
-def _gates(order):
-    """Rows of torch's order from columns of Keras': [I, gates*H] -> [gates*H, I]."""
-
-    def convert(kernel):
-        parts = kernel.chunk(len(order), -1)
-        return torch.cat([parts[index] for index in order], -1).t()
-
-    return convert
-
-
-# Keras' class -> (ours, the place of each of torch's gates in Keras' order, options that must be so)
-RECURRENT = {
-    "LSTM": (LSTM, (0, 1, 2, 3), {"activation": "tanh", "recurrent_activation": "sigmoid"}),
-    "GRU": (GRU, (1, 0, 2), {"activation": "tanh", "recurrent_activation": "sigmoid", "reset_after": True}),
-    "SimpleRNN": (RNN, (0,), {}),
-}
-
-
-def _recurrent(layer, options):
-    rnn = _recurrent_of([(layer, options)])
-    return [Recurrent(rnn, options["return_sequences"])]
-
-
-def _bidirectional(layer, options):
-    merge = options["merge_mode"]
-    if merge not in MERGES:
-        raise options.error(f"merge_mode={merge!r} is not supported, only {', '.join(MERGES)}")
-    pair = layer.forward_layer, layer.backward_layer
-    for direction in pair:
-        if type(direction).__name__ not in RECURRENT:
-            raise options.error(f"a layer of {type(direction).__name__} is not supported")
-    forward, backward = map(_Options, pair)
-    if not backward["go_backwards"]:
-        raise backward.error("go_backwards=False is not supported in the backward layer")
-    for name in ("units", "use_bias", "return_sequences", "activation"):
-        if type(pair[0]) is not type(pair[1]) or forward[name] != backward[name]:
-            raise options.error(f"the backward layer differs from the forward layer in {name}")
-    rnn = _recurrent_of([(pair[0], forward), (pair[1], backward)])
-    return [Recurrent(rnn, forward["return_sequences"], merge)]
-
-
-def _recurrent_of(directions):
-    """Our layer of one or two directions, from (Keras layer, options) of each."""
-    layer, options = directions[0]
-    ours, order, required = RECURRENT[type(layer).__name__]
-    more = {}
-    if ours is RNN:
-        if options["activation"] not in ("tanh", "relu"):
-            raise options.error(f"activation={options['activation']!r} is not supported, only tanh, relu")
-        more["nonlinearity"] = options["activation"]
-    rnn, suffixes = None, ("", "_reverse")
-    for index, (_, each) in enumerate(directions):
-        each.require(**required, return_state=False, stateful=False)
-        if index == 0:
-            each.require(go_backwards=False)
-        _warn_of_dropout(each)
-        kernel, recurrent, *bias = each.weights(2 + each["use_bias"])
-        if rnn is None:
-            rnn = ours(
-                kernel.shape[0], each["units"], bias=bool(bias), batch_first=True,
-                bidirectional=len(directions) == 2, dtype=kernel.dtype, **more,
-            )  # fmt: skip
-        rows = _gates(order)
-        _set(getattr(rnn, f"weight_ih_l0{suffixes[index]}"), rows(kernel))
-        _set(getattr(rnn, f"weight_hh_l0{suffixes[index]}"), rows(recurrent))
-        if bias:
-            # A GRU with reset_after has a bias on each side; the others one for both.
-            both = bias[0] if bias[0].dim() == 2 else torch.stack((bias[0], torch.zeros_like(bias[0])))
-            for name, row in zip(("bias_ih", "bias_hh"), both, strict=True):
-                _set(getattr(rnn, f"{name}_l0{suffixes[index]}"), rows(row[None]).squeeze(1))
-    return rnn
-
-
-def _warn_of_dropout(options):
-    for name in ("dropout", "recurrent_dropout"):
-        if options[name]:
-            layer = f"layer {options.layer.name!r} ({type(options.layer).__name__})"
-            warnings.warn(
-                f"{layer}: {name}={options[name]} is left out; it matters in training only", stacklevel=2
-            )
-
-
 # ---- the other layers ----
 
 
 def _dense(layer, options):
     kernel, *bias = options.weights(1 + options["use_bias"])
     linear = nn.Linear(*kernel.shape, bias=bool(bias), dtype=kernel.dtype)
-    _set(linear.weight, kernel.t())
+    set_(linear.weight, kernel.t())
     if bias:
-        _set(linear.bias, bias[0])
+        set_(linear.bias, bias[0])
     return [linear, *_activation(options)]
 
 
@@ -308,20 +233,26 @@ def _batch_norm(layer, options):
     scale, center = options["scale"], options["center"]
     *affine, mean, variance = options.weights(2 + scale + center)
     norm = nn.BatchNorm1d(len(mean), options["epsilon"], 1 - options["momentum"], dtype=mean.dtype)
-    _set(norm.running_mean, mean)
-    _set(norm.running_var, variance)
+    set_(norm.running_mean, mean)
+    set_(norm.running_var, variance)
     for parameter, there in ((norm.weight, scale), (norm.bias, center)):
         if there:
-            _set(parameter, affine.pop(0))
+            set_(parameter, affine.pop(0))
         else:
             parameter.requires_grad_(False)  # 1, or 0, for good
     return [OverLast(norm)]
 
 
 def _embedding(layer, options):
-    options.require(mask_zero=False)
     (vectors,) = options.weights(1)
-    return [nn.Embedding.from_pretrained(vectors, freeze=False)]
+    kind = MaskingEmbedding if options["mask_zero"] else nn.Embedding
+    return [kind.from_pretrained(vectors, freeze=False)]
+
+
+def _masking(layer, options):
+    if not isinstance(options["mask_value"], (int, float)):
+        raise options.error(f"mask_value={options['mask_value']!r} is not supported, only a number")
+    return [Masking(options["mask_value"])]
 
 
 def _flatten(layer, options):
@@ -336,7 +267,10 @@ def _softmax(layer, options):
 
 
 def _time_distributed(layer, options):
-    return [TimeDistributed(nn.Sequential(named(_converted(layer.layer))))]
+    inner, _ = _followed(layer.layer, masked=False)
+    if any(hasattr(module, "mask_of") for _, module in inner):
+        raise options.error("masks within it are not supported")
+    return [TimeDistributed(nn.Sequential(named(inner)))]
 
 
 CONVERTERS = {
@@ -363,17 +297,13 @@ CONVERTERS = {
     "Dropout": lambda layer, options: [nn.Dropout(options["rate"])],
     "BatchNormalization": _batch_norm,
     "Embedding": _embedding,
-    "LSTM": _recurrent,
-    "GRU": _recurrent,
-    "SimpleRNN": _recurrent,
-    "Bidirectional": _bidirectional,
+    "Masking": _masking,
+    "LSTM": recurrent,
+    "GRU": recurrent,
+    "SimpleRNN": recurrent,
+    "Bidirectional": bidirectional,
     "TimeDistributed": _time_distributed,
 }
-
-
-def _set(parameter, value):
-    with torch.no_grad():
-        parameter.copy_(value)
 
 
 def named(modules):

@@ -1,8 +1,12 @@
 """What Keras layers do and no torch module does: each reads and writes Keras' layout, channels last."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from cnnrnn_ext._backend import use_compiled
 
 
 class ChannelsLast(nn.Module):
@@ -76,6 +80,46 @@ class TimeDistributed(nn.Module):
         return self.module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+class Chain(nn.Sequential):
+    """Modules one after the other, of which some make a mask and some behind them read it, as in Keras.
+
+    A mask is [N, T] bool, which steps count; ``mask_of(input)`` of a module makes one, and those with
+    ``reads_mask`` take it beside their input, until another one is made.
+    """
+
+    def forward(self, x):
+        mask = None
+        for module in self:
+            if hasattr(module, "mask_of"):
+                mask = module.mask_of(x)
+            x = module(x, mask) if getattr(module, "reads_mask", False) else module(x)
+        return x
+
+
+class MaskingEmbedding(nn.Embedding):
+    """Token 0 is padding: those steps do not count."""
+
+    def mask_of(self, tokens):
+        return tokens != 0
+
+
+class Masking(nn.Module):
+    """Steps of [N, T, D] whose features all have this value do not count, and become 0."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def mask_of(self, x):
+        return (x != self.value).any(-1)
+
+    def forward(self, x):
+        return x.masked_fill(~self.mask_of(x)[..., None], 0.0)
+
+    def extra_repr(self):
+        return f"{self.value}"
+
+
 MERGES = {
     "concat": lambda a, b: torch.cat((a, b), -1),
     "sum": torch.add,
@@ -87,28 +131,114 @@ MERGES = {
 class Recurrent(nn.Module):
     """A recurrent layer of ours, batch first, as Keras returns it: the last step's output, or all of them.
 
+    Steps that a mask leaves out are passed over: the state stays, and the output is the one before (in the
+    reverse direction the one behind), or 0.
+
     Args:
         rnn: of one layer; batch_first.
         return_sequences: whether all steps' outputs are wanted.
         merge: for a bidirectional one, how both directions are joined: a key of MERGES.
+        zeros: whether the output of a step that is left out is 0.
     """
 
-    def __init__(self, rnn, return_sequences, merge=None):
+    def __init__(self, rnn, return_sequences, merge=None, zeros=False):
         super().__init__()
-        self.rnn, self.return_sequences, self.merge = rnn, return_sequences, merge
+        self.rnn, self.return_sequences, self.merge, self.zeros = rnn, return_sequences, merge, zeros
 
-    def forward(self, x):
-        y, _ = self.rnn(x)
-        if self.merge is None:
-            return y if self.return_sequences else y[:, -1]
-        size = self.rnn.hidden_size
-        forward, backward = y[..., :size], y[..., size:]
-        if not self.return_sequences:
-            forward, backward = forward[:, -1], backward[:, 0]  # where each direction ends
-        return MERGES[self.merge](forward, backward)
+    def forward(self, x, mask=None):
+        """x: [N, T, I]; mask: [N, T] bool, which steps count, or None."""
+        directions = self._directions(self.rnn(x)[0]) if mask is None else self._masked(x, mask)
+        if not self.return_sequences:  # where each direction ends
+            directions = [y[:, -1 if d == 0 else 0] for d, y in enumerate(directions)]
+        return directions[0] if self.merge is None else MERGES[self.merge](*directions)
+
+    def _directions(self, y):
+        return [y] if self.merge is None else y.split(self.rnn.hidden_size, -1)
+
+    def _masked(self, x, mask):
+        """The steps that count are brought together at each row's beginning, and what comes out is put where
+        they stood."""
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+        y, _ = self.rnn(x.gather(1, _over(order, x)), lengths=mask.sum(1))
+        y = F.pad(y, (0, 0, 1, 1))  # what there is before the first step that counts, and behind the last: 0
+        until = mask.cumsum(1)  # how many steps count up to this one: the number of the last of them
+        following = until + ~mask  # the number of the next one
+        placed = [
+            part.gather(1, _over(number, part))
+            for part, number in zip(self._directions(y), (until, following), strict=False)
+        ]
+        return [part.masked_fill(~mask[..., None], 0.0) for part in placed] if self.zeros else placed
 
     def extra_repr(self):
-        return f"return_sequences={self.return_sequences}, merge={self.merge}"
+        return f"return_sequences={self.return_sequences}, merge={self.merge}, zeros={self.zeros}"
+
+
+def _over(index, x):
+    """An index [N, T] of steps, for all features of x [N, T, D]."""
+    return index[..., None].expand(*index.shape, x.shape[-1])
+
+
+class ResetBeforeGRU(nn.Module):
+    """A GRU whose reset gate stands before the product, as in Cho et al. 2014 and Keras' reset_after=False.
+
+    For each step::
+
+        r, z = σ of (weight_ih x_t + bias_ih + weight_hh h_{t-1}), their rows of each
+        n = tanh(weight_in x_t + bias_in + weight_hn (r ⊙ h_{t-1}))
+        h_t = (1 - z) ⊙ n + z ⊙ h_{t-1}
+
+    cuDNN, torch and our kernels have the gate behind the product, where the weights of n are multiplied with
+    those of r and z at once: this one is plain PyTorch, and ``cnnrnn_ext.trace`` says so. One layer, batch
+    first. Parameters are named as in :class:`GRU`, rows in the order r, z, n; there is no bias_hh.
+
+    Shape: x [N, T, I], lengths None or [N] as in :class:`GRU`; returns output [N, T, D*H], 0 behind a row's
+    end, and None.
+    """
+
+    def __init__(self, input_size, hidden_size, bias=True, bidirectional=False, dtype=None):
+        super().__init__()
+        self.input_size, self.hidden_size, self.bidirectional = input_size, hidden_size, bidirectional
+        bound = 1 / math.sqrt(hidden_size)
+        shapes = {
+            "weight_ih_l0": (3 * hidden_size, input_size),
+            "weight_hh_l0": (3 * hidden_size, hidden_size),
+        }
+        if bias:
+            shapes["bias_ih_l0"] = (3 * hidden_size,)
+        self._suffixes = ("", "_reverse")[: 1 + bidirectional]
+        for suffix in self._suffixes:
+            for name, shape in shapes.items():
+                value = torch.empty(shape, dtype=dtype).uniform_(-bound, bound)
+                self.register_parameter(name + suffix, nn.Parameter(value))
+
+    def forward(self, x, lengths=None):
+        use_compiled("gru", x, uncovered="no kernel for a reset gate before the product (reset_after=False)")
+        steps = torch.arange(x.shape[1], device=x.device)
+        ends = torch.full((len(x), 1), x.shape[1], device=x.device) if lengths is None else lengths[:, None]
+        outputs = []
+        for suffix in self._suffixes:
+            # From each row's end back to its beginning; what is behind the end stays there.
+            turned = torch.where(steps < ends, ends - 1 - steps, steps) if suffix else None
+            rows = x if turned is None else x.gather(1, _over(turned, x))
+            names = (f"{name}_l0{suffix}" for name in ("weight_ih", "weight_hh", "bias_ih"))
+            y = self._scan(rows, *(getattr(self, name, None) for name in names))
+            outputs.append(y if turned is None else y.gather(1, _over(turned, y)))
+        y = torch.cat(outputs, -1)
+        return y if lengths is None else y.masked_fill((steps >= ends)[..., None], 0.0), None
+
+    def _scan(self, x, weight_ih, weight_hh, bias_ih):
+        size = self.hidden_size
+        h, outputs = x.new_zeros(len(x), size), []
+        gates_hh, new_hh = weight_hh.split((2 * size, size))
+        for from_x in F.linear(x, weight_ih, bias_ih).unbind(1):
+            gates, new = from_x.split((2 * size, size), -1)
+            r, z = torch.sigmoid(gates + F.linear(h, gates_hh)).chunk(2, -1)
+            h = torch.lerp(torch.tanh(new + F.linear(r * h, new_hh)), h, z)
+            outputs.append(h)
+        return torch.stack(outputs, 1)
+
+    def extra_repr(self):
+        return f"{self.input_size}, {self.hidden_size}, bidirectional={self.bidirectional}"
 
 
 class Reshape(nn.Module):
@@ -134,13 +264,17 @@ class Permute(nn.Module):
 
 
 class GlobalPool(nn.Module):
-    """The mean ("avg") or the largest ("max") over the places of [N, ..., C]."""
+    """The mean ("avg") or the largest ("max") over the places of [N, ..., C]; the mean takes a mask [N, T] of
+    those that count."""
 
     def __init__(self, kind, keepdims):
         super().__init__()
         self.kind, self.keepdims = kind, keepdims
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
+        if mask is not None:
+            total = x.masked_fill(~mask[..., None], 0.0).sum(1, keepdim=self.keepdims)
+            return total / mask.sum(1).view(-1, *(1,) * (total.dim() - 1))
         dims = tuple(range(1, x.dim() - 1))
         reduce = torch.mean if self.kind == "avg" else torch.amax
         return reduce(x, dims, keepdim=self.keepdims)

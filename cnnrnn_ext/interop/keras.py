@@ -5,7 +5,7 @@ import inspect
 from torch import nn
 
 from cnnrnn_ext.interop._keras_layers import is_keras, modules_of, named
-from cnnrnn_ext.interop._keras_modules import TimeDistributed
+from cnnrnn_ext.interop._keras_modules import Chain, TimeDistributed
 from cnnrnn_ext.modules import ConvPool1d, ConvPool2d
 
 
@@ -15,13 +15,16 @@ def from_keras(model):
     The module takes what the Keras model takes: [N, ...] with channels last, or token ids. Its parts have the
     names of the Keras layers. A convolution, the ReLU after it and the max-pool after that become one
     ConvPool, neighbouring TimeDistributed layers one. LSTM gates are in the same order in Keras (i, f, c, o)
-    and torch; a GRU's z, r, h become r, z, n. Keras itself is not imported: the model hands out its weights.
+    and torch; a GRU's z, r, h become r, z, n. A GRU with reset_after=False, which is another function than
+    torch's, runs on plain PyTorch (``cnnrnn_ext.trace`` says so). Keras itself is not imported: the model
+    hands out its weights.
 
     Supported layers: InputLayer, Conv1D, Conv2D, MaxPooling1D, MaxPooling2D, AveragePooling1D,
     AveragePooling2D, GlobalAveragePooling1D, GlobalAveragePooling2D, GlobalMaxPooling1D, GlobalMaxPooling2D,
     Flatten, Reshape, Permute, Dense, Activation, ReLU, LeakyReLU, ELU, Softmax, Dropout, BatchNormalization,
-    Embedding, LSTM, GRU (reset_after=True), SimpleRNN, Bidirectional of these, TimeDistributed, and a
-    Sequential or a linear functional model within the model.
+    Embedding, Masking, LSTM, GRU, SimpleRNN, Bidirectional of these, TimeDistributed, and a Sequential or a
+    linear functional model within the model. Masks, of Embedding(mask_zero=True) or Masking, go where they
+    go in Keras: recurrent layers and GlobalAveragePooling1D read them.
 
     Args:
         model: keras.Sequential, or a functional keras.Model in which each layer reads the one before. It must
@@ -40,7 +43,7 @@ def from_keras(model):
     if not is_keras(model) or not hasattr(model, "layers"):
         raise TypeError(f"model: expected a Keras model, got {type(model).__name__}")
     parts = named(_joined(modules_of(model)))
-    return nn.Sequential(parts).eval()
+    return Chain(parts).eval()
 
 
 # ---- neighbours that become one ----

@@ -33,7 +33,8 @@ class MultiModal(nn.Module):
         that of the others; of a row without any, 0 ("late") or the heads' of features 0 ("gated").
 
     A branch runs on the rows that have its input, and not at all where no row has: with DDP that takes
-    ``find_unused_parameters=True``; torch.compile with ``present`` or ``branch_dropout`` breaks the graph.
+    ``find_unused_parameters=True`` (which ``cnnrnn_ext.recipes`` sets by itself); torch.compile with
+    ``present`` or ``branch_dropout`` breaks the graph.
 
     Raises:
         ValueError: no branches, an unknown fusion or probability, a name in inputs or present that is no
@@ -62,13 +63,22 @@ class MultiModal(nn.Module):
             self.branch_heads = nn.ModuleList(make_heads(size, heads) for size in sizes)
 
     def forward(self, inputs, present=None):
+        return self._answer(*self._features(inputs, present))
+
+    def with_each_alone(self, inputs, present=None):
+        """(what ``forward`` returns, {name: (what it would with that branch alone, [N] bool: rows with it)}).
+
+        To train on: a loss on each branch's own answer as well makes all of them learn what they would by
+        themselves, where otherwise the best one answers and the others need not; a missing one costs least
+        then. The features are computed once, so that this costs little more than ``forward``.
+        """
         features, present = self._features(inputs, present)
-        if self.fusion is not None:
-            return self.heads(self.fusion(features, present))
-        answers = [head(x) for head, x in zip(self.branch_heads, features, strict=True)]
-        if isinstance(answers[0], dict):
-            return {name: _mean([answer[name] for answer in answers], present) for name in answers[0]}
-        return _mean(answers, present)
+        alone = {}
+        for column, name in enumerate(self.branches):
+            here = torch.zeros_like(present)
+            here[:, column] = present[:, column]
+            alone[name] = self._answer(features, here), present[:, column]
+        return self._answer(features, present), alone
 
     def branch_weights(self, inputs, present=None):
         """[N, B]: the share of each branch in a row's answer, in the order of ``branches``.
@@ -79,6 +89,14 @@ class MultiModal(nn.Module):
         if self.fusion is not None:
             return self.fusion.weights(features, present)
         return present / present.sum(1, keepdim=True).clamp(min=1)
+
+    def _answer(self, features, present):
+        if self.fusion is not None:
+            return self.heads(self.fusion(features, present))
+        answers = [head(x) for head, x in zip(self.branch_heads, features, strict=True)]
+        if isinstance(answers[0], dict):
+            return {name: _mean([answer[name] for answer in answers], present) for name in answers[0]}
+        return _mean(answers, present)
 
     def _features(self, inputs, present):
         """([N, D] of each branch, 0 where missing; present [N, B] bool)."""

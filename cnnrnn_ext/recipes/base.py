@@ -30,9 +30,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from cnnrnn_ext.recipes.options import UserError
 
-class RecipeError(Exception):
-    """Something the user can put right; the message says what, and is all they need to see."""
+
+class RecipeError(UserError):
+    """Raised by recipes: something the user can put right."""
 
 
 class Batch(NamedTuple):
@@ -69,16 +71,16 @@ class Recipe(abc.ABC):
         needs: {module: package} beyond what the harness itself needs (``harness.NEEDED``).
         epochs, batch_size, rate: of the training on the embedded data. batch_size counts all processes
             together; rate is Adam's at its peak.
-        patience: epochs without a better score after which the training ends.
+        patience: epochs with a lower score than the best one's after which the training ends.
         quick: {option: value}: what ``--quick`` sets where the user does not, so that a run takes seconds;
             ``load`` cuts the data where ``settings.quick`` is true.
         score: the name of the validation metric that chooses the best checkpoint; more is better.
-        find_unused_parameters: whether a step may leave parameters without a gradient (DDP must know).
 
     Args:
-        settings: a namespace with every option that decides a run: ``seed, epochs, batch_size, rate,
-            patience, quick, data`` (a path, or None for the embedded data), ``bad_files`` ("skip" or
-            "refuse"), and what ``add_arguments`` added. They are saved in the checkpoint.
+        settings: a namespace with every option that decides a run: ``seed, epochs, rate, patience, quick``;
+            ``batch_size``, or None (see ``harness.batch_size``); ``data``, a path, or None for the embedded
+            data; ``bad_files``, "skip" or "refuse"; and what ``add_arguments`` added. They are saved in the
+            checkpoint.
     """
 
     name = ""
@@ -89,7 +91,6 @@ class Recipe(abc.ABC):
     patience = 10
     quick: ClassVar[dict[str, Any]] = {"epochs": 2}
     score = "accuracy"
-    find_unused_parameters = False
 
     def __init__(self, settings):
         self.settings = settings

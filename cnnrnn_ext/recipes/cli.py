@@ -1,26 +1,33 @@
 """``python -m cnnrnn_ext train|evaluate|predict|explain <recipe>``."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 from cnnrnn_ext.recipes import RECIPES, recipe_class
 from cnnrnn_ext.recipes.base import RecipeError
-from cnnrnn_ext.recipes.options import natural, positive, positive_number
+from cnnrnn_ext.recipes.options import (
+    MODES,
+    add_place,
+    add_training,
+    guarded,
+    natural,
+    positive,
+    positive_number,
+    prepare,
+)
 
 NEEDED = {  # module: package, for every recipe
     "lightning": "lightning",
     "torchmetrics": "torchmetrics",
+    "captum": "captum",
     "sklearn": "scikit-learn",
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
 }
-STOPPED = 130  # exit status of a program that Ctrl-C ended
 # Options of train that decide nothing about the run: all others are saved in its checkpoints and must be the
 # same when it goes on.
-FREE = {"command", "recipe", "run", "output", "resume", "fresh", "threads", "compare", "devices"}
-MODES = ("auto", "compiled", "reference")
+FREE = {"command", "recipe", "run", "output", "resume", "fresh", "threads", "compare", "compare_only",
+        "devices"}  # fmt: skip
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 
@@ -52,10 +59,7 @@ def add_commands(commands, argv):
 
 
 def _common(parser, recipe):
-    parser.add_argument(
-        "--output", type=Path, default=Path("out", recipe.name), help=f"folder (default out/{recipe.name})"
-    )
-    parser.add_argument("--threads", type=positive, help="of torch (default: torch's choice)")
+    add_place(parser, f"out/{recipe.name}")
     parser.add_argument(
         "--bad-files",
         choices=("refuse", "skip"),
@@ -71,7 +75,7 @@ def _train_options(parser, recipe):
     parser.add_argument(
         "--batch-size",
         type=positive,
-        help=f"samples of a step, all processes together (default {recipe.batch_size})",
+        help=f"samples of a step, all processes together (default {recipe.batch_size}, fewer of a small set)",
     )
     parser.add_argument(
         "--rate", type=positive_number, help=f"learning rate of Adam at its peak (default {recipe.rate:g})"
@@ -79,21 +83,19 @@ def _train_options(parser, recipe):
     parser.add_argument(
         "--patience",
         type=positive,
-        help=f"epochs without a better score that end a run (default {recipe.patience})",
+        help=f"epochs behind the best score that end a run (default {recipe.patience})",
     )
-    parser.add_argument("--seed", type=natural, default=0, help="of data, weights and batches (default 0)")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="continue the output folder's run, or fail")
-    start.add_argument("--fresh", action="store_true", help="start anew, whatever the output folder holds")
-    parser.add_argument("--quick", action="store_true", help="a tiny run that shows that everything works")
-    parser.add_argument(
-        "--compare", action="store_true", help="measure a step against stock torch.nn and the reference too"
+    add_training(parser)
+    compare = parser.add_mutually_exclusive_group()
+    compare.add_argument(
+        "--compare",
+        action="store_true",
+        help="behind the training, measure a step against stock torch.nn and the reference",
     )
-    parser.add_argument(
-        "--backend",
-        choices=MODES,
-        default="auto",
-        help="compiled kernels where there are any, only those, or plain PyTorch",
+    compare.add_argument(
+        "--compare-only",
+        action="store_true",
+        help="measure that and train nothing: comparison.json in the output folder",
     )
     parser.add_argument("--modules", choices=("ours", "stock"), default="ours", help="stock: torch.nn's own")
     parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help="as Lightning names it")
@@ -143,36 +145,25 @@ def _explain_options(parser, recipe):
 
 
 def _guarded(run, arguments):
-    recipe = recipe_class(arguments.recipe)
-    needed = {**NEEDED, **recipe.needs}
-    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return _fail(f"the recipe needs {', '.join(missing)}: pip install cnnrnn_ext[recipes]")
-    try:
-        return run(arguments)
-    except RecipeError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        what = "The same command goes on after the last whole epoch." if arguments.command == "train" else ""
-        print(f"\nStopped. {what}".rstrip(), file=sys.stderr)
-        return STOPPED
-
-
-def _fail(message):
-    print(f"cnnrnn_ext: {message}", file=sys.stderr)
-    return 1
+    train = arguments.command == "train"
+    return guarded(
+        lambda: run(arguments), what="recipe", needed={**NEEDED, **recipe_class(arguments.recipe).needs},
+        extra="recipes", stopped="The same command goes on after the last whole epoch." if train else "",
+    )  # fmt: skip
 
 
 def _train(arguments):
-    from cnnrnn_ext.recipes.runs import train
+    from cnnrnn_ext.recipes.runs import compare, train
 
     recipe = recipe_class(arguments.recipe)
     settings = {name: value for name, value in vars(arguments).items() if name not in FREE}
-    defaults = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "rate", "patience")}
+    defaults = {name: getattr(recipe, name) for name in ("epochs", "rate", "patience")}
     defaults |= recipe.quick if arguments.quick else {}
     settings |= {name: value for name, value in defaults.items() if settings[name] is None}
     settings["data"] = str(arguments.data.absolute()) if arguments.data else None
-    _prepare(arguments)
+    prepare(arguments)
+    if arguments.compare_only:
+        return compare(recipe.name, settings, arguments.output)
     return train(
         recipe.name,
         settings,
@@ -219,21 +210,10 @@ def _checkpoint(arguments, changes=None):
     """(recipe, facts, model) that the options name."""
     from cnnrnn_ext.recipes import checkpoints
 
-    _prepare(arguments)
+    prepare(arguments)
     path = arguments.checkpoint or arguments.output / checkpoints.BEST
     if not path.exists():
         raise RecipeError(f"{path}: no such checkpoint; train first, or name one with --checkpoint")
     wanted = {name: getattr(arguments, name) for name in ("backend", "modules")}
     changes = {**(changes or {}), **{name: value for name, value in wanted.items() if value is not None}}
     return checkpoints.restore(path, arguments.recipe, **changes, bad_files=arguments.bad_files)[:3]
-
-
-def _prepare(arguments):
-    import torch
-
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"{arguments.output}: cannot be made a folder: {error.strerror}") from error

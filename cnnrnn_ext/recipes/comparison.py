@@ -25,7 +25,7 @@ def measure_in_fresh_process(recipe, data, folder, size):
     seed, split = recipe.settings.seed, data.splits["train"]
     rows = order(len(split), seed, 0)[:size]
     batch = recipe.batch(split, rows, Draws(seed, 0, rows))
-    path, result = folder / "comparison.pt", folder / "comparison.json"
+    path, result = folder / "comparison.pt", folder / "comparison.part.json"
     content = {**checkpoints.identity(recipe, data.facts), "batch": tuple(batch)}
     _files.replace(path, lambda file: torch.save(content, file))
     try:
@@ -50,8 +50,7 @@ def measure(recipe, facts, batch):
     with trace() as log:
         steps[OURS]()
     quick = {"turn_s": 0.01, "warmup": 1} if recipe.settings.quick else {"turn_s": 0.15}
-    rounds, attempts = (2, 1) if recipe.settings.quick else (11, 3)
-    timings = _timing.paired_until_valid(steps, rounds, attempts, control=STOCK, **quick)
+    timings = _timing.paired(steps, 2 if recipe.settings.quick else 11, control=STOCK, **quick)
     return {
         "step_ms": {name: timings.median_ms(name) for name in steps},
         "ratios": {name: asdict(timings.ratio(name, OURS)) for name in steps if name != OURS},
@@ -104,7 +103,7 @@ def _samples(batch):
 
 def rows(compared):
     """Lines (name, value, remark) of the table that the command prints."""
-    valid = "" if compared["valid"] else "VOID: the machine was busy"
+    valid = "" if compared["valid"] else "VOID: the machine was busy; --compare-only measures again"
     for name, value in compared["step_ms"].items():
         ratio = compared["ratios"].get(name)
         told = f"{ratio['median']:.2f}× ours ({ratio['p25']:.2f} … {ratio['p75']:.2f})" if ratio else ""

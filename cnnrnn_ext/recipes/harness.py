@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from tqdm import tqdm
 
 from cnnrnn_ext import _files
+from cnnrnn_ext.models import MultiModal
 from cnnrnn_ext.recipes import checkpoints
 from cnnrnn_ext.recipes.base import Batch, RecipeError, move
 from cnnrnn_ext.recipes.draws import Draws, order, seed_torch
@@ -34,13 +35,15 @@ from cnnrnn_ext.recipes.schedule import rate_at
 
 EPOCH = 1  # what torch's generator is seeded for (checkpoints.INITIAL is the other)
 EVALUATION_BATCH = 64
+FEWEST, STEPS = 4, 16  # samples of a step; steps of an epoch: of a small set, where the user says neither
 CLIP = 5.0  # the gradient's norm, at most: a recurrent network's can explode in a single step
 
 
 @dataclass
 class History:
     """What happened so far. losses: one a step; validation: one a whole epoch; best: the best one's number
-    (from 1); step_ms: of the last epoch's steps, data included; seconds: of training and validation."""
+    (from 1), of equal ones the last; step_ms: of the last epoch's steps, data included; seconds: of training
+    and validation."""
 
     losses: list = field(default_factory=list)
     validation: list = field(default_factory=list)
@@ -169,7 +172,7 @@ class Learner(lightning.LightningModule):
         scores = [entry[self.recipe.score] for entry in self.history.validation]
         if not math.isfinite(self.history.losses[-1]):
             raise RecipeError(f"the loss became {self.history.losses[-1]}: try a smaller --rate")
-        self.history.best = scores.index(max(scores)) + 1
+        self.history.best = len(scores) - scores[::-1].index(max(scores))
         self.history.step_ms = [1e3 * (b - a) for a, b in zip(self._times, self._times[1:], strict=False)]
         self.log(self.recipe.score, results[self.recipe.score])
 
@@ -276,12 +279,13 @@ def fit(recipe, data, model, folder, *, resume=None, devices=1, progress=True):
     settings = recipe.settings
     local, nodes = processes(devices)
     world = local * nodes
-    size = batch_size(settings.batch_size, len(data.splits["train"]), world)
+    size = batch_size(recipe, len(data.splits["train"]), world)
     if not len(data.splits["validation"]):
         raise RecipeError("the validation split is empty: more samples are needed")
     learner = Learner(recipe, data, model, size)
     callbacks = [
-        EarlyStopping(recipe.score, mode="max", patience=settings.patience, check_finite=True),
+        # As good is better here, too: in a small validation split many epochs score the same.
+        EarlyStopping(recipe.score, mode="max", patience=settings.patience, min_delta=-1e-6),
         Keeper(folder, resume["run"]["history"]["seconds"] if resume else 0.0),
         *([Bar(settings.epochs)] if progress else []),
     ]
@@ -290,7 +294,7 @@ def fit(recipe, data, model, folder, *, resume=None, devices=1, progress=True):
             max_epochs=settings.epochs,
             devices=local,
             num_nodes=nodes,
-            strategy=_strategy(world, recipe),
+            strategy=_strategy(world, model),
             precision=settings.precision,
             gradient_clip_val=CLIP,
             callbacks=callbacks,
@@ -320,8 +324,18 @@ def fit(recipe, data, model, folder, *, resume=None, devices=1, progress=True):
     return learner.history, trainer.is_global_zero
 
 
-def batch_size(wanted, rows, world):
-    """Samples of a step, all processes together: as ``wanted``, or what a small set has."""
+def batch_size(recipe, rows, world):
+    """Samples of a step, all processes together.
+
+    What the settings say, or the whole of a set that has fewer. Where they say None the recipe's, or fewer,
+    so that an epoch of a small set has some steps (not of ``quick``, whose sets are small on purpose).
+    """
+    wanted = recipe.settings.batch_size
+    if wanted is None:
+        wanted = recipe.batch_size
+        if not recipe.settings.quick:
+            wanted = min(wanted, max(FEWEST, rows // STEPS))
+        wanted = max(1, wanted // world) * world
     if wanted % world:
         raise RecipeError(f"--batch-size {wanted}: cannot be shared equally by {world} processes")
     size = min(wanted, rows // world * world)
@@ -330,11 +344,13 @@ def batch_size(wanted, rows, world):
     return size
 
 
-def _strategy(world, recipe):
+def _strategy(world, model):
     if world == 1:
         return "auto"
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    return DDPStrategy(process_group_backend=backend, find_unused_parameters=recipe.find_unused_parameters)
+    # A process whose rows all lack an input leaves that branch without a gradient, which DDP would wait for.
+    unused = any(isinstance(module, MultiModal) for module in model.modules())
+    return DDPStrategy(process_group_backend=backend, find_unused_parameters=unused)
 
 
 def _lost_connection(error):

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from cnnrnn_ext.models import CNNRNN, MultiModal, ParallelCNNRNN
 from cnnrnn_ext.recipes.base import Batch, Data, RecipeError, evaluate
@@ -17,6 +18,7 @@ CONDITIONS = {
     "video_only": {"video": True, "audio": False},
     "audio_only": {"video": False, "audio": True},
 }
+ABSENT = -100  # target of a row without the input that is asked about
 EXAMPLES = 6
 EXAMPLE_ORDER = 1 << 20  # the "epoch" whose order chooses the examples
 
@@ -30,8 +32,7 @@ class Multimodal(Classification):
 
     name = "multimodal"
     needs = {"av": "av", "scipy": "scipy", "soundfile": "soundfile"}  # noqa: RUF012
-    epochs = 15
-    find_unused_parameters = True
+    epochs = 20
 
     @classmethod
     def add_arguments(cls, parser):
@@ -114,6 +115,24 @@ class Multimodal(Classification):
         if not inputs:
             raise RecipeError(f"the model has no other branch than {self.settings.only}")
         return Batch((inputs, present), None if digit is None else {"label": digit})
+
+    # ---- training ----
+
+    def forward(self, model, batch):
+        """In training, of several branches, with the answer of each one alone beside: see :meth:`loss`."""
+        if model.training and len(model.branches) > 1:
+            return model.with_each_alone(*batch.inputs)
+        return model(*batch.inputs)
+
+    def loss(self, outputs, batch):
+        """Of the answer and of those that each branch gives alone, in the rows that have it: so that each
+        learns as if it were the only one."""
+        answer, alone = outputs if isinstance(outputs, tuple) else (outputs, {})
+        total, count = super().loss(answer, batch)
+        for logits, here in alone.values():
+            target = batch.targets["label"].where(here, ABSENT)
+            total = total + F.cross_entropy(logits, target, ignore_index=ABSENT, reduction="sum")
+        return total, count
 
     # ---- figures and pictures ----
 

@@ -27,7 +27,7 @@ def train(name, settings, folder, *, resume=False, fresh=False, compare=False, d
 
     with backend(recipe.settings.backend):
         model = checkpoints.build(recipe, data.facts)
-        size = harness.batch_size(recipe.settings.batch_size, len(data.splits["train"]), 1)
+        size = harness.batch_size(recipe, len(data.splits["train"]), 1)
         _announce(recipe, data, model, size, before)
         history, first = harness.fit(recipe, data, model, folder, resume=before, devices=devices)
         if not first:
@@ -129,6 +129,23 @@ def _kernels(recipe, model, data):
     with trace() as log:
         next(outputs_of(recipe, model, data.splits["test"], size=min(8, len(data.splits["test"]))))
     return _conditions.kernels(log) or ["torch.nn"]
+
+
+# ---- the comparison alone ----
+
+
+def compare(name, settings, folder):
+    """Times a training step of the recipe's model and of its rivals; writes comparison.json, prints a table.
+    Nothing else in ``folder`` is touched."""
+    from cnnrnn_ext.recipes import comparison, harness
+
+    recipe = checkpoints.recipe_of(name, settings)
+    data = recipe.load()
+    size = harness.batch_size(recipe, len(data.splits["train"]), 1)
+    compared = comparison.measure_in_fresh_process(recipe, data, folder, size)
+    _files.replace_json(folder / "comparison.json", compared)
+    _print_table([*comparison.rows(compared), ("threads", str(compared["conditions"]["threads"]), "")])
+    return 0
 
 
 # ---- evaluate, predict, explain ----

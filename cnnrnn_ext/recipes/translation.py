@@ -11,6 +11,7 @@ from cnnrnn_ext.recipes.base import Batch, Data, Recipe, RecipeError
 from cnnrnn_ext.recipes.data import translation
 from cnnrnn_ext.recipes.data.files import BadFiles
 from cnnrnn_ext.recipes.draws import order
+from cnnrnn_ext.recipes.options import positive
 
 PAD, BEGIN, END, UNKNOWN = range(4)  # ids that stand for no character
 SMOOTHING = 0.1  # of the labels, in the loss: less sure, and better ranked by the beam search
@@ -67,14 +68,14 @@ class Translation(Recipe):
     def add_arguments(cls, parser):
         parser.add_argument(
             "--longest",
-            type=int,
+            type=positive,
             default=translation.LONGEST,
             metavar="CHARACTERS",
             help="longer sources and targets are left out (default %(default)s)",
         )
         parser.add_argument("--rnn", choices=("lstm", "gru"), default="lstm", help="(default lstm)")
-        parser.add_argument("--hidden", type=int, default=192, help="size of the RNNs (default 192)")
-        parser.add_argument("--beam", type=int, default=4,
+        parser.add_argument("--hidden", type=positive, default=192, help="size of the RNNs (default 192)")
+        parser.add_argument("--beam", type=positive, default=4,
                             help="hypotheses of the search for an answer (default 4; 1: greedy)")  # fmt: skip
 
     @classmethod

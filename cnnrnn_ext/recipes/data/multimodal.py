@@ -104,7 +104,8 @@ def _under_static(frames, lengths, level, start):
     low, high = VIDEO_NOISE
     count, steps = frames.shape[:2]
     tape = _static()
-    places = (start * (len(tape) - steps * PIXELS)).long().tolist()
+    # As if the batch had the longest clip, whatever it has: a row's noise is its own.
+    places = (start * (len(tape) - moving_digits.LONGEST * PIXELS)).long().tolist()
     noise = torch.stack([tape[place : place + steps * PIXELS] for place in places]).view_as(frames)
     noisy = frames + (low + (high - low) * level).view(count, 1, 1, 1, 1) * noise
     return noisy.masked_fill_((torch.arange(steps) >= lengths[:, None]).view(count, steps, 1, 1, 1), 0.0)
