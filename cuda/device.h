@@ -66,6 +66,7 @@ inline void announce(const Tensor& t) {
   int64_t bytes = 1;
   switch (t.scalar_type()) {
     case ScalarType::Double:
+    case ScalarType::Long:
       bytes = 8;
       break;
     case ScalarType::Float:

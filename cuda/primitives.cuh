@@ -246,9 +246,11 @@ struct AccumulatorOf<double> {
 template <typename T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-// A few scalars that move as one aligned load or store.
+// A few scalars that move as one aligned load or store, or as few as their bytes allow.
 template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {
+constexpr size_t kPackAlignment = std::min<size_t>(16, sizeof(T) * kCount & ~(sizeof(T) * kCount - 1));
+template <typename T, int kCount>
+struct alignas(kPackAlignment<T, kCount>) Pack {
   T v[kCount];
 };
 

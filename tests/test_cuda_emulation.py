@@ -34,6 +34,7 @@ def library():
 
 
 SM_80, SM_90 = (163 * 1024, False), (227 * 1024, True)  # shared memory of a block, clusters
+NO_SHARED_MEMORY = (0, False)  # to launchers that ask: no schedule with resident weights fits
 
 
 @pytest.fixture
@@ -87,12 +88,13 @@ def _multi_chunk(library, ops):
         x, weight, bias, grad_y = case.draw(cases.small_integers)
         cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, grad_y)
     for device, case in (
-        (SM_90, cases.Lstm(3, 5, 3, 9)),
-        (SM_90, cases.Lstm(3, 2, 3, 130)),
-        (SM_80, cases.Lstm(2, 5, 2, 150)),
+        (SM_90, cases.Rnn(3, 5, 3, 9)),
+        (SM_90, cases.Rnn(3, 2, 3, 130)),
+        (SM_80, cases.Rnn(2, 5, 2, 150)),
     ):
         library.emulator_device(*device)
-        cases.lstm_train_and_backward(ops, cases._convert(case.draw(), "cpu", torch.float32))
+        operands = cases._convert(case.draw("lstm"), "cpu", torch.float32)
+        cases.rnn_train_and_backward(ops, "lstm", cases.WHOLE, operands)
 
 
 def test_every_barrier_is_needed(library, ops):
@@ -201,73 +203,166 @@ def test_conv_pool_refuses_shapes(ops):
         ops.conv_pool2d(x.int(), weight.int(), bias.int(), *arguments)
 
 
-# ---- lstm ----
+# ---- rnn ----
+
+CELLS = tuple(cases.GATES)
 
 
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases.LSTMS.values(), ids=cases.LSTMS)
-def test_lstm(ops, case, dtype):
-    cases.check_lstm(ops, "cpu", case, dtype)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", cases.RNNS.values(), ids=cases.RNNS)
+def test_rnn(ops, case, cell, dtype):
+    cases.check_rnn(ops, "cpu", cell, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", ["odd", "few_rows", "many_rows"])
-def test_lstm_without_clusters(library, ops, case, dtype):
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", ["odd", "few_rows", "many_rows", "lengths_over_a_cluster"])
+def test_rnn_a_launch_a_step(library, ops, case, cell, dtype):
     """On a GPU without clusters more units than fit one block take a launch a step."""
     library.emulator_device(*SM_80)
-    cases.check_lstm(ops, "cpu", cases.LSTMS[case], dtype)
+    cases.check_rnn(ops, "cpu", cell, cases.RNNS[case], dtype)
 
 
-@pytest.mark.parametrize("case", ["odd", "few_rows"])
-def test_lstm_missing_gradients(ops, case):
-    cases.check_lstm_parts(ops, "cpu", cases.LSTMS[case])
+@pytest.mark.parametrize("device", [SM_90, NO_SHARED_MEMORY], ids=["resident", "a launch a step"])
+@pytest.mark.parametrize("rows", ["lengths", "reset", "lengths, reset", "packed", "packed, reset"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_rnn_rows(library, ops, cell, rows, device):
+    library.emulator_device(*device)
+    cases.check_rnn(ops, "cpu", cell, cases.Rnn(4, 6, 2, 9, d=2, rows=rows), torch.float64)
+
+
+def test_rnn_lengths_out_of_bounds(ops):
+    """The host does not look at lengths on a device; kernels keep within their rows."""
+    case = cases.Rnn(4, 3, 2, 5)
+    operands = cases._convert(case.draw("lstm"), "cpu", torch.float32)
+    beyond, within = torch.tensor([9, -2, 3]), torch.tensor([4, 0, 3])
+    got = cases.rnn_train_and_backward(ops, "lstm", (None, beyond, None), operands)
+    want = cases.rnn_train_and_backward(ops, "lstm", (None, within, None), operands)
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_rnn_many_packed_steps(ops):
+    """batch_sizes travel in kernel arguments, some hundred at a time."""
+    sizes = torch.tensor([3] * 450 + [2] * 100 + [1] * 360)
+    case = cases.Rnn(len(sizes), 3, 1, 2)
+    x, *rest = cases._convert(case.draw("rnn_tanh"), "cpu", torch.float64)
+    padded = torch.zeros(len(sizes), 3, dtype=torch.bool)
+    for t, size in enumerate(sizes):
+        padded[t, :size] = True
+    lengths = padded.sum(0)
+    want, h_n, _ = ops.rnn("rnn_tanh", x, *rest, None, lengths, None)
+    got, last, _ = ops.rnn("rnn_tanh", x[padded], *rest, sizes, None, None)
+    assert torch.equal(got, want[padded])
+    assert torch.equal(last, h_n)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", ["odd", "few_rows", "lengths"])
+def test_rnn_missing_gradients(ops, case, cell):
+    cases.check_rnn_parts(ops, "cpu", cell, cases.RNNS[case])
 
 
 @pytest.mark.parametrize("device", [SM_90, SM_80], ids=["clusters", "no clusters"])
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("case", ["odd", "few_rows"])
-def test_lstm_without_states(library, ops, case, device):
+def test_rnn_without_states(library, ops, case, cell, device):
     library.emulator_device(*device)
-    cases.check_lstm_without_states(ops, "cpu", cases.LSTMS[case])
+    cases.check_rnn_without_states(ops, "cpu", cell, cases.RNNS[case])
 
 
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(
-    "case", [cases.Lstm(1, 5, 4, 33), cases.Lstm(1, 3, 2, 7, bias=False)], ids=["bias", "no_bias"]
+    "case", [cases.Rnn(1, 5, 4, 33), cases.Rnn(1, 3, 2, 7, bias=False)], ids=["bias", "no_bias"]
 )
-def test_lstm_cell(ops, case, dtype):
-    cases.check_lstm_cell(ops, "cpu", case, dtype)
+def test_cell(ops, case, cell, dtype):
+    cases.check_cell(ops, "cpu", cell, case, dtype)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_rnn_layer(ops, cell):
+    for case in (cases.Rnn(3, 4, 2, 5), cases.Rnn(3, 4, 2, 5, bias=False)):
+        x, h_0, c_0, *weights = cases._convert(case.draw(cell), "cpu", torch.float32)
+        single = [w[0] if w else None for w in weights]
+        want = ops.rnn(cell, x, h_0, c_0, *weights, *cases.WHOLE)
+        for got, theirs in zip(ops.rnn_layer(cell, x, h_0, c_0, *single), want, strict=True):
+            assert torch.equal(got, theirs)
+
+
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
 @pytest.mark.parametrize(("steps", "batch"), [(0, 3), (2, 0)])
-def test_lstm_empty(ops, steps, batch, states):
-    case = cases.Lstm(steps, batch, 4, 5)
-    x, h_0, c_0, *weights = cases._convert(case.draw(), "cpu", torch.float32)
-    h_0, c_0 = (h_0, c_0) if states else (torch.zeros_like(h_0), torch.zeros_like(c_0))
-    operands = (x, *((h_0, c_0) if states else (None, None)), *weights)
-    results, reserve = cases.lstm_train(ops, operands)
+def test_rnn_empty(ops, steps, batch, states, cell):
+    case = cases.Rnn(steps, batch, 4, 5)
+    x, h_0, c_0, *weights = cases._convert(case.draw(cell), "cpu", torch.float32)
+    given = (h_0, c_0) if states else (None, None)
+    h_0, c_0 = (s if states or s is None else torch.zeros_like(s) for s in (h_0, c_0))
+    operands = (x, *given, *weights)
+    results, reserve = cases.rnn_train(ops, cell, cases.WHOLE, operands)
     output, h_n, c_n, cells = results
-    assert output.shape == cells.shape == (steps, batch, 5)
-    assert reserve.shape == (1, steps, batch, 4, 5)
+    assert output.shape == (steps, batch, 5)
+    assert reserve.shape == (1, steps, batch, cases.KEPT[cell], 5)
     assert torch.equal(h_n, h_0)
-    assert torch.equal(c_n, c_0)
+    if c_0 is not None:
+        assert torch.equal(c_n, c_0)
+        assert cells.shape == output.shape
     ones = torch.ones_like(h_n)
-    grads = cases.lstm_backward(ops, (None, ones, None, None), operands, results, reserve)
+    outer = (None, ones, None, None)
+    grads = cases.rnn_backward(ops, cell, cases.WHOLE, outer, operands, results, reserve)
     assert torch.equal(grads[1], ones)
     assert not grads[2].any()
     assert not any(g.any() for group in grads[3:] for g in group)
 
 
-def test_lstm_refuses(ops):
-    x, h_0, c_0, *weights = cases._convert(cases.Lstm(2, 3, 4, 5).draw(), "cpu", torch.float32)
+def test_rnn_refuses(ops):
+    x, h_0, c_0, *weights = cases._convert(cases.Rnn(2, 3, 4, 5).draw("lstm"), "cpu", torch.float32)
     with pytest.raises(RuntimeError, match=r"h_0: expected shape \[1, 3, 5\], got \[1, 3, 4\]"):
         ops.rnn("lstm", x, h_0[..., :4], c_0, *weights, *cases.WHOLE)
     with pytest.raises(RuntimeError, match=r"weight_ih: expected shape \[20, 3\], got \[20, 4\]"):
         ops.rnn("lstm", x[..., :3], h_0, c_0, *weights, *cases.WHOLE)
+    with pytest.raises(RuntimeError, match=r"weight_ih: expected shape \[15, 4\], got \[20, 4\]"):
+        ops.rnn("gru", x, h_0, None, *weights, *cases.WHOLE)
+    with pytest.raises(RuntimeError, match="c_0: only lstm has one"):
+        ops.rnn("gru", x, h_0, c_0, *weights, *cases.WHOLE)
     with pytest.raises(RuntimeError, match="bias_ih and bias_hh: give both or neither"):
         ops.rnn("lstm", x, h_0, c_0, *weights[:3], [], *cases.WHOLE)
     with pytest.raises(RuntimeError, match="bias_ih and bias_hh: give both or neither"):
         ops.rnn_cell("lstm", x[0], h_0[0], c_0[0], *(w[0] for w in weights[:3]), None)
+    with pytest.raises(
+        RuntimeError, match="cell: expected 'lstm', 'gru', 'rnn_tanh' or 'rnn_relu', got 'LSTM'"
+    ):
+        ops.rnn("LSTM", x, h_0, c_0, *weights, *cases.WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((torch.tensor([3, 3]), None, None), r"x: expected shape \[R, I\], got \[2, 3, 4\]"),
+        ((None, torch.tensor([2, 1]), None), r"lengths: expected shape \[3\], got \[2\]"),
+        ((None, torch.tensor([2.0, 1.0, 2.0]), None), "lengths: expected int64 on x's device"),
+        ((None, None, torch.zeros(3, 2, dtype=torch.bool)), r"reset: expected shape \[2, 3\], got \[3, 2\]"),
+        ((None, None, torch.zeros(2, 3)), "reset: expected bool on x's device"),
+    ],
+)
+def test_rnn_refuses_rows(ops, steps, message):
+    operands = cases._convert(cases.Rnn(2, 3, 4, 5).draw("lstm"), "cpu", torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        ops.rnn("lstm", *operands, *steps)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([1, 2, 3], "none larger than the one before, got 2 at step 1"),
+        ([3, 2], "expected a sum of 6, the rows of x, got 5"),
+    ],
+)
+def test_rnn_refuses_batch_sizes(ops, sizes, message):
+    x, h_0, *rest = cases._convert(cases.Rnn(2, 3, 4, 5).draw("gru"), "cpu", torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        ops.rnn("gru", x.flatten(0, 1), h_0, *rest, torch.tensor(sizes), None, None)
 
 
 @pytest.mark.parametrize(
@@ -278,19 +373,19 @@ def test_lstm_refuses(ops):
         ("reserve", (1, 2, 3, 5, 5), "1, 2, 3, 4, 5"),
     ],
 )
-def test_lstm_backward_refuses(ops, argument, wrong, expected):
-    operands = cases._convert(cases.Lstm(2, 3, 4, 5).draw(), "cpu", torch.float32)
-    results, reserve = cases.lstm_train(ops, operands)
+def test_rnn_backward_refuses(ops, argument, wrong, expected):
+    operands = cases._convert(cases.Rnn(2, 3, 4, 5).draw("lstm"), "cpu", torch.float32)
+    results, reserve = cases.rnn_train(ops, "lstm", cases.WHOLE, operands)
     spoiled = {"grad_cells": None, "cells": results[3], "reserve": reserve} | {argument: torch.zeros(wrong)}
     with pytest.raises(RuntimeError, match=rf"{argument}: expected shape \[{expected}\]"):
-        cases.lstm_backward(
-            ops, (None, None, None, spoiled["grad_cells"]), operands, [*results[:3], spoiled["cells"]],
-            spoiled["reserve"],
+        cases.rnn_backward(
+            ops, "lstm", cases.WHOLE, (None, None, None, spoiled["grad_cells"]), operands,
+            [*results[:3], spoiled["cells"]], spoiled["reserve"],
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("argument", ["h_1", "c_1", "reserve"])
-def test_lstm_cell_backward_refuses(ops, argument):
+def test_cell_backward_refuses(ops, argument):
     made = {"h_1": torch.zeros(3, 5), "c_1": torch.zeros(3, 5), "reserve": torch.zeros(3, 4, 5)}
     made[argument] = torch.zeros(3, 5, 5)
     weights = (torch.zeros(20, 4), torch.zeros(20, 5), None, None)
@@ -300,48 +395,19 @@ def test_lstm_cell_backward_refuses(ops, argument):
         )
 
 
-UNCOVERED = {
-    "batch_sizes": torch.tensor([3, 3]),
-    "lengths": torch.tensor([2, 1, 2]),
-    "reset": torch.zeros(2, 3, dtype=torch.bool),
-}
-
-
-@pytest.mark.parametrize("argument", UNCOVERED)
-def test_lstm_refuses_what_no_kernel_covers(ops, argument):
-    operands = cases._convert(cases.Lstm(2, 3, 4, 5).draw(), "cpu", torch.float32)
-    given = [value if name == argument else None for name, value in UNCOVERED.items()]
-    results, reserve = cases.lstm_train(ops, operands)
-    output, _, _, cells = results
-    for call in (
-        lambda: ops.rnn("lstm", *operands, *given),
-        lambda: ops.rnn_train("lstm", *operands, *given),
-        lambda: ops.rnn_backward(*results, "lstm", *operands, *given, output, cells, reserve, *cases.ALL),
-    ):
-        with pytest.raises(RuntimeError, match=f"{argument}: the CUDA kernels take none"):
-            call()
-
-
-@pytest.mark.parametrize("cell", ["gru", "rnn_tanh", "rnn_relu", "LSTM"])
-def test_other_cells_are_refused(ops, cell):
-    x, h_0, c_0, *weights = cases._convert(cases.Lstm(2, 3, 4, 5).draw(), "cpu", torch.float32)
-    step = x[0], h_0[0], c_0[0], *(w[0] for w in weights)
-    with pytest.raises(RuntimeError, match=f"cell: the CUDA kernels cover 'lstm', got '{cell}'"):
-        ops.rnn(cell, x, h_0, c_0, *weights, *cases.WHOLE)
-    with pytest.raises(RuntimeError, match=f"cell: the CUDA kernels cover 'lstm', got '{cell}'"):
-        ops.rnn_cell(cell, *step)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_results_do_not_depend_on_the_schedule(library, ops, seed):
     torch.manual_seed(0)
     case = cases.CONVS["odd"]
     drawn = case.draw(cases.normal)
-    lstm = cases._convert(cases.LSTMS["odd"].draw(), "cpu", torch.float32)
+    rnn = cases.RNNS["odd"]
+    operands = {cell: cases._convert(rnn.draw(cell), "cpu", torch.float32) for cell in CELLS}
 
     def run():
         convolved = cases.run_conv(ops, "cpu", case, torch.float32, *drawn)
-        return [*convolved, *cases.lstm_train_and_backward(ops, lstm)]
+        for cell in CELLS:
+            convolved += (*cases.rnn_train_and_backward(ops, cell, cases.WHOLE, operands[cell]),)
+        return convolved
 
     first = run()
     library.emulator_seed(1 + seed)

@@ -14,11 +14,14 @@ LARGE_CONVS = {
     "deep": cases.Conv((2, 64, 57, 57), 64, channels_last=True),
     "many_channels": cases.Conv((2, 128, 28, 28), 130, padding=(0, 0)),
 }
-LARGE_LSTMS = {
-    "h128": cases.Lstm(16, 33, 100, 128, d=2),
-    "h512": cases.Lstm(20, 17, 64, 512, d=2),
-    "h650": cases.Lstm(5, 3, 70, 650),
+LARGE_RNNS = {
+    "h128": cases.Rnn(16, 33, 100, 128, d=2),
+    "h512": cases.Rnn(20, 17, 64, 512, d=2),
+    "h650": cases.Rnn(5, 3, 70, 650),
+    "lengths": cases.Rnn(40, 19, 30, 200, d=2, rows="lengths, reset"),
+    "packed": cases.Rnn(40, 19, 30, 200, d=2, rows="packed, reset"),
 }
+CELLS = tuple(cases.GATES)
 
 
 @pytest.fixture(scope="module")
@@ -50,33 +53,39 @@ def test_conv_pool_nan_and_infinity(ops, activation, pool):
 
 
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("case", (cases.LSTMS | LARGE_LSTMS).values(), ids=cases.LSTMS | LARGE_LSTMS)
-def test_lstm(ops, case, dtype):
-    cases.check_lstm(ops, "cuda", case, dtype)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", (cases.RNNS | LARGE_RNNS).values(), ids=cases.RNNS | LARGE_RNNS)
+def test_rnn(ops, case, cell, dtype):
+    cases.check_rnn(ops, "cuda", cell, case, dtype)
 
 
-@pytest.mark.parametrize("case", ["odd", "few_rows"])
-def test_lstm_missing_gradients(ops, case):
-    cases.check_lstm_parts(ops, "cuda", cases.LSTMS[case])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", ["odd", "few_rows", "lengths"])
+def test_rnn_missing_gradients(ops, case, cell):
+    cases.check_rnn_parts(ops, "cuda", cell, cases.RNNS[case])
 
 
-@pytest.mark.parametrize("case", ["odd", "few_rows", "h330"])
-def test_lstm_without_states(ops, case):
-    cases.check_lstm_without_states(ops, "cuda", cases.LSTMS[case])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", ["odd", "few_rows", "many_rows"])
+def test_rnn_without_states(ops, case, cell):
+    cases.check_rnn_without_states(ops, "cuda", cell, cases.RNNS[case])
 
 
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("case", [cases.Lstm(1, 5, 4, 33), cases.Lstm(1, 300, 64, 256)], ids=["odd", "large"])
-def test_lstm_cell(ops, case, dtype):
-    cases.check_lstm_cell(ops, "cuda", case, dtype)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", [cases.Rnn(1, 5, 4, 33), cases.Rnn(1, 300, 64, 256)], ids=["odd", "large"])
+def test_cell(ops, case, cell, dtype):
+    cases.check_cell(ops, "cuda", cell, case, dtype)
 
 
 def _train_everything(ops):
     torch.manual_seed(0)
-    conv, lstm = LARGE_CONVS["first_layer"], LARGE_LSTMS["h512"]
+    conv, rnn = LARGE_CONVS["first_layer"], LARGE_RNNS["h512"]
     results = [*cases.run_conv(ops, "cuda", conv, torch.float32, *conv.draw(cases.normal))]
-    operands = cases._convert(lstm.draw(), "cuda", torch.float32)
-    return [*results, *cases.lstm_train_and_backward(ops, operands)]
+    for cell in CELLS:
+        operands = cases._convert(rnn.draw(cell), "cuda", torch.float32)
+        results += cases.rnn_train_and_backward(ops, cell, cases.WHOLE, operands)
+    return results
 
 
 def test_same_input_same_bits(ops):
@@ -86,8 +95,8 @@ def test_same_input_same_bits(ops):
 
 def test_current_stream(ops):
     """Kernels follow torch's current stream, and wait for what is enqueued on it before them."""
-    case = cases.LSTMS["odd"]
-    x, *rest = cases._convert(case.draw(), "cuda", torch.float32)
+    case = cases.RNNS["odd"]
+    x, *rest = cases._convert(case.draw("lstm"), "cuda", torch.float32)
     want = ops.rnn("lstm", x, *rest, *cases.WHOLE)[0]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -102,13 +111,13 @@ def test_current_stream(ops):
 
 def test_no_host_synchronisation(ops):
     """Forward and backward can be captured in a graph, which a synchronisation would forbid."""
-    case, conv = cases.LSTMS["few_rows"], cases.CONVS["odd"]
-    operands = cases._convert(case.draw(), "cuda", torch.float32)
+    case, conv = cases.RNNS["few_rows"], cases.CONVS["odd"]
+    operands = cases._convert(case.draw("lstm"), "cuda", torch.float32)
     image, weight, bias, _ = (t.float().cuda() for t in conv.draw(cases.normal))
 
     def step():
         *results, reserve = ops.rnn_train("lstm", *operands, *cases.WHOLE)
-        grads = cases.lstm_backward(ops, results, operands, results, reserve)
+        grads = cases.rnn_backward(ops, "lstm", cases.WHOLE, results, operands, results, reserve)
         y, code, _ = ops.conv_pool2d_train(image, weight, bias, *conv.arguments)
         return [results[0], grads[0], y, *ops.conv_pool2d_backward(
             y, image, weight, bias, code, None, *conv.arguments, True, True, True)]  # fmt: skip
