@@ -70,6 +70,7 @@ inline void announce(const Tensor& t) {
       bytes = 8;
       break;
     case ScalarType::Float:
+    case ScalarType::Int:
       bytes = 4;
       break;
     case ScalarType::Half:

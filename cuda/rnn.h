@@ -9,6 +9,7 @@
 // it is row offsets[t] + n, R = offsets[T]. Rows of steps beyond lengths[n] are neither read nor written.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "dtype.h"
@@ -31,6 +32,21 @@ struct RnnShape {
   const unsigned char* reset;  // [R], or null: no state crosses from step t - 1 to t where it is set
 };
 
+// How a layer runs: one launch a time step, or one launch for all of them, with the recurrent weights
+// resident in a block, a cluster of blocks (sm_90), or a group of blocks of a cooperative grid.
+enum class RnnSchedule { kStep, kBlock, kCluster, kGrid };
+
+struct RnnPlan {
+  RnnSchedule schedule;
+  int blocks;             // that share the units
+  bool tensor_cores;      // the halves' products; others are sums of fused multiply-adds
+  size_t exchange_bytes;  // of workspace
+  int counters;
+};
+
+// What the current device takes for this layer.
+RnnPlan rnn_plan(RnnCell, DType, const RnnShape&, bool forward);
+
 struct RnnForward {
   RnnShape shape;
   const void* gates_x[2];    // D x T [R, G*H]: x times weight_ih transposed, without biases
@@ -42,8 +58,10 @@ struct RnnForward {
   void *h_n, *c_n;        // T [D, N, H]
   void* cells;            // T [R, D*H], or null: c after every step
   void* reserve;          // T [D, R, K, H], or null: what the backward needs
-  void* packed;           // T [D, H, H, G] workspace: the recurrent weights in the kernels' order
-  void* carry_c;          // A [D, N, H] workspace: c from launch to launch
+  void* packed;           // workspace, T [D, H, H, G]: the recurrent weights in the kernels' order
+  void* carry_c;          // workspace, A [D, N, H]: c from launch to launch
+  void* exchange;         // workspace, as the plan says
+  unsigned* counters;     // zeros, as many as the plan says
 };
 
 struct RnnBackward {
@@ -55,8 +73,10 @@ struct RnnBackward {
   const void *output, *cells, *reserve;  // T [R, D*H] twice, T [D, R, K, H]
   void* grad_parts[2];                   // D x T [R, P*H], of the pre-activations
   void *grad_h_0, *grad_c_0;             // T [D, N, H]
-  void* packed;                          // T [D, H, H, G] workspace
-  void *carry_h, *carry_c;               // A [D, N, H] workspace: gradients of the state, launch to launch
+  void* packed;                          // workspace, T [D, H, H, G]
+  void *carry_h, *carry_c;               // workspace, A [D, N, H]: gradients of the state, launch to launch
+  void* exchange;                        // workspace, as the plan says
+  unsigned* counters;                    // zeros, as many as the plan says
 };
 
 // One step; every pointer is T. gates_x [N, G*H]; gates_h likewise, or null where h is zero; h, c [N, H], or
@@ -74,8 +94,8 @@ struct RnnCellBackward {
   void *grad_parts, *grad_h, *grad_c;  // [N, P*H], [N, H] twice; grad_h without the way through gates_h
 };
 
-void rnn_layer_forward(RnnCell, DType, const RnnForward&, void* stream);
-void rnn_layer_backward(RnnCell, DType, const RnnBackward&, void* stream);
+void rnn_layer_forward(RnnCell, DType, const RnnPlan&, const RnnForward&, void* stream);
+void rnn_layer_backward(RnnCell, DType, const RnnPlan&, const RnnBackward&, void* stream);
 void rnn_cell_step_forward(RnnCell, DType, const RnnCellForward&, void* stream);
 void rnn_cell_step_backward(RnnCell, DType, const RnnCellBackward&, void* stream);
 

@@ -152,29 +152,44 @@ __device__ __forceinline__ void store_step(const RnnForward& p, const State<A>& 
                                    s.hidden);
 }
 
+// What the forward pass left of one step, and the gradients that enter there.
+template <typename Cell, typename A>
+struct StepMade {
+  Values<A, Cell::kKept> kept;
+  State<A> before, after, grad;
+};
+
+template <typename Cell, typename A, typename T>
+__device__ __forceinline__ StepMade<Cell, A> load_step(const RnnBackward& p, const Moment& now, int direction,
+                                                       int n, int unit) {
+  const RnnShape& s = p.shape;
+  const int64_t at = output_at(s, now.row, direction, unit);
+  const auto load_pair = [&](const void* h, const void* c, int64_t index) -> State<A> {
+    return {load_or_zero<A, T>(h, index), Cell::kHasC ? load_or_zero<A, T>(c, index) : A(0)};
+  };
+  StepMade<Cell, A> made;
+  made.kept = load_values<Cell::kKept, A, T>(p.reserve, reserve_at(s, direction, now.row, Cell::kKept, unit),
+                                             s.hidden);
+  made.before = {0, 0};
+  if (!now.cut)
+    made.before = now.first ? load_state<Cell, A, T>(s, p.h_0, p.c_0, direction, n, unit)
+                            : load_pair(p.output, p.cells, output_at(s, now.row_before, direction, unit));
+  made.after = load_pair(p.output, p.cells, at);
+  made.grad = load_pair(p.grad_output, p.grad_cells, at);
+  return made;
+}
+
 // One step of the backward pass of a row that runs. grad: the gradient of its state but for grad_output and
 // grad_cells. d: that of its parts, which is also stored. Returns what reaches the state before, but for the
 // way through the product.
 template <typename Cell, typename A, typename T>
-__device__ __forceinline__ State<A> step_gradients(const RnnBackward& p, const Moment& now, int direction,
-                                                   int n, int unit, State<A> grad,
-                                                   Values<A, Cell::kParts>& d) {
-  const RnnShape& s = p.shape;
-  const int64_t at = output_at(s, now.row, direction, unit);
-  const auto kept = load_values<Cell::kKept, A, T>(
-      p.reserve, reserve_at(s, direction, now.row, Cell::kKept, unit), s.hidden);
-  const auto load_made = [&](int64_t index) -> State<A> {
-    return {load_or_zero<A, T>(p.output, index), Cell::kHasC ? load_or_zero<A, T>(p.cells, index) : A(0)};
-  };
-  State<A> before = {0, 0};
-  if (!now.cut)
-    before = now.first ? load_state<Cell, A, T>(s, p.h_0, p.c_0, direction, n, unit)
-                       : load_made(output_at(s, now.row_before, direction, unit));
-  grad.h += load_or_zero<A, T>(p.grad_output, at);
-  if constexpr (Cell::kHasC) grad.c += load_or_zero<A, T>(p.grad_cells, at);
-  const State<A> direct = Cell::backward(kept, before, load_made(at), grad, d);
-  store_values<Cell::kParts, T>(d, p.grad_parts[direction], gates_at(s, now.row, Cell::kParts, unit),
-                                s.hidden);
+__device__ __forceinline__ State<A> step_gradients(const RnnBackward& p, const Moment& now,
+                                                   const StepMade<Cell, A>& made, int direction, int unit,
+                                                   const State<A>& grad, Values<A, Cell::kParts>& d) {
+  const State<A> whole = {grad.h + made.grad.h, grad.c + made.grad.c};
+  const State<A> direct = Cell::backward(made.kept, made.before, made.after, whole, d);
+  store_values<Cell::kParts, T>(d, p.grad_parts[direction], gates_at(p.shape, now.row, Cell::kParts, unit),
+                                p.shape.hidden);
   return now.cut ? State<A>{0, 0} : direct;
 }
 

@@ -87,7 +87,9 @@ Outputs forward(Operands& o, const OptionalTensor& cells, const OptionalTensor& 
   if (o.empty()) return {all, o.state_or_zeros(o.h_0), has_c ? o.state_or_zeros(o.c_0) : nothing(o.x)};
   const Outputs out{all, o.state(), has_c ? o.state() : nothing(o.x)};
   const Device device(o.x);
-  const Tensor packed = o.weight_workspace(), carry_c = has_c ? o.carry() : nothing(o.x);
+  const RnnPlan plan = o.plan(true);
+  const Tensor packed = o.weight_workspace(plan), carry_c = has_c ? o.carry() : nothing(o.x);
+  const Tensor exchange = o.exchange(plan), counters = o.counters(plan);
   RnnForward p{};
   p.shape = o.shape_on(device);
   Tensors gates_x;  // alive until the kernels are enqueued
@@ -100,7 +102,8 @@ Outputs forward(Operands& o, const OptionalTensor& cells, const OptionalTensor& 
   p.output = output(out.output), p.h_n = output(out.h_n), p.c_n = output(out.c_n);
   p.cells = has_c ? output(cells) : nullptr, p.reserve = output(reserve);
   p.packed = output(packed), p.carry_c = output(carry_c);
-  rnn_layer_forward(o.cell, dtype_of(o.x), p, device.stream);
+  p.exchange = output(exchange), p.counters = static_cast<unsigned*>(output(counters));
+  rnn_layer_forward(o.cell, dtype_of(o.x), plan, p, device.stream);
   return out;
 }
 
@@ -166,8 +169,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
     grad_h_0 = o.state_or_zeros(g_h);
     if (has_c) grad_c_0 = o.state_or_zeros(g_c);
   } else {
-    const Tensor packed = o.weight_workspace(), carry_h = o.carry();
+    const RnnPlan plan = o.plan(false);
+    const Tensor packed = o.weight_workspace(plan), carry_h = o.carry();
     const Tensor carry_c = has_c ? o.carry() : nothing(x);
+    const Tensor exchange = o.exchange(plan), counters = o.counters(plan);
     RnnBackward p{};
     p.shape = s;
     for (int d = 0; d < s.directions; ++d)
@@ -178,7 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
     p.output = input(out), p.cells = input(cells), p.reserve = input(reserve);
     p.grad_h_0 = output(grad_h_0), p.grad_c_0 = output(grad_c_0);
     p.packed = output(packed), p.carry_h = output(carry_h), p.carry_c = output(carry_c);
-    rnn_layer_backward(o.cell, dtype, p, device.stream);
+    p.exchange = output(exchange), p.counters = static_cast<unsigned*>(output(counters));
+    rnn_layer_backward(o.cell, dtype, plan, p, device.stream);
   }
 
   Tensor grad_x = nothing(x), rows = o.rows_as_matrix(o.x);
@@ -206,6 +212,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
   }
   if (!need_state) grad_h_0 = nothing(x), grad_c_0 = nothing(x);
   return {grad_x, grad_h_0, grad_c_0, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh};
+}
+
+// For trace(): how the forward or the backward of a layer would run on x's device. The schedule is a number
+// of RnnSchedule.
+std::tuple<int64_t, int64_t, bool> plan_of_layer(Text cell, Tensor x, int64_t batch, int64_t hidden_size,
+                                                 int64_t directions, bool forward) {
+  const Device device(x);
+  RnnShape s{};
+  s.batch = static_cast<int>(batch), s.hidden = static_cast<int>(hidden_size);
+  s.directions = static_cast<int>(directions);
+  const RnnPlan plan = rnn_plan(cell_of(cell.take()), dtype_of(x), s, forward);
+  return {static_cast<int64_t>(plan.schedule), plan.blocks, plan.tensor_cores};
 }
 
 // ---- cells ----
@@ -287,8 +305,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_cell_back
 }  // namespace
 }  // namespace cnnrnn::cuda
 
+STABLE_TORCH_LIBRARY_FRAGMENT(CNNRNN_OPERATORS, library) {
+  library.def(
+      "rnn_plan(str cell, Tensor x, int batch, int hidden_size, int directions, bool forward) -> (int "
+      "schedule, "
+      "int blocks, bool tensor_cores)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(CNNRNN_OPERATORS, CNNRNN_DISPATCH_KEY, library) {
   namespace ops = cnnrnn::cuda;
+  library.impl("rnn_plan", TORCH_BOX(&ops::plan_of_layer));
   library.impl("rnn", TORCH_BOX(&ops::rnn));
   library.impl("rnn_layer", TORCH_BOX(&ops::rnn_layer));
   library.impl("rnn_train", TORCH_BOX(&ops::rnn_train));

@@ -80,8 +80,17 @@ struct Operands {
   const void* bias(const Tensors& biases, size_t direction) const {
     return direction < biases.size() ? input(biases[direction]) : nullptr;
   }
-  Tensor weight_workspace() const {
-    return empty_like_of(x, {shape.directions, shape.hidden, shape.hidden, sizes.gates});
+  RnnPlan plan(bool forward) const { return rnn_plan(cell, dtype_of(x), shape, forward); }
+  // Workspace for the kernels of a plan; counters are zeros.
+  Tensor weight_workspace(const RnnPlan& plan) const {
+    return plan.tensor_cores ? nothing(x)
+                             : empty_like_of(x, {shape.directions, shape.hidden, shape.hidden, sizes.gates});
+  }
+  Tensor exchange(const RnnPlan& plan) const {
+    return empty_like_of(x, {static_cast<int64_t>(plan.exchange_bytes / sizeof(float))}, ScalarType::Float);
+  }
+  Tensor counters(const RnnPlan& plan) const {
+    return torch::stable::new_zeros(x, {plan.counters}, ScalarType::Int);
   }
   Tensor carry() const { return empty_like_of(x, state_sizes(), accumulator_type(x)); }
   // What only some rows of are written is zero in the others.

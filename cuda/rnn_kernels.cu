@@ -4,6 +4,7 @@
 #include "rnn_resident.cuh"
 #include "rnn_rows.cuh"
 #include "rnn_step.cuh"
+#include "rnn_tensor.h"
 
 namespace cnnrnn::cuda {
 namespace {
@@ -11,21 +12,57 @@ namespace {
 template <typename T>
 constexpr int kWideRows = sizeof(T) == 8 ? 2 : 4;  // of a thread; more would spill
 
-template <typename T>
-constexpr bool kIsHalf = sizeof(T) == 2;
-
 template <typename Function>
 void with_cell_and_type(RnnCell cell, DType dtype, const Function& function) {
   with_cell(cell, [&](auto unit) { with_type(dtype, [&](auto zero) { function(unit, zero); }); });
 }
 
-template <typename Cell, typename T, bool kForward, typename Params>
-bool try_resident_in_turn(const Params& p, void* stream) {
-  if constexpr (kIsHalf<T>)
-    return false;
-  else
-    return try_resident<Cell, T, 1, kForward>(p, stream) ||
-           try_resident<Cell, T, kClusterBlocks, kForward>(p, stream);
+// Calls function with values of the cell's and the element's type where the resident kernels take it.
+template <typename Function>
+auto with_resident(RnnCell cell, DType dtype, const Function& function) {
+  return with_cell(cell, [&](auto unit) {
+    return dtype == DType::kFloat ? function(unit, float{}) : function(unit, double{});
+  });
+}
+
+template <bool kForward>
+bool resident_fits(RnnCell cell, DType dtype, int hidden, bool cluster) {
+  return with_resident(cell, dtype, [&](auto unit, auto zero) {
+    using Cell = decltype(unit);
+    using T = decltype(zero);
+    return cluster ? Resident<Cell, T, kClusterBlocks, kForward>::fits(hidden)
+                   : Resident<Cell, T, 1, kForward>::fits(hidden);
+  });
+}
+
+template <bool kForward, typename Params>
+void run_resident(RnnCell cell, DType dtype, const RnnPlan& plan, const Params& p, void* stream) {
+  with_resident(cell, dtype, [&](auto unit, auto zero) {
+    using Cell = decltype(unit);
+    using T = decltype(zero);
+    plan.blocks > 1 ? Resident<Cell, T, kClusterBlocks, kForward>::run(p, stream)
+                    : Resident<Cell, T, 1, kForward>::run(p, stream);
+  });
+}
+
+RnnPlan tensor_plan(RnnCell cell, DType dtype, const RnnShape& s, bool forward) {
+  const auto fits = [&](int blocks, bool grid) {
+    return (forward ? rnn_tensor_forward_fits : rnn_tensor_backward_fits)(cell, dtype, s, blocks, grid);
+  };
+  const int eights = ceil_div(s.hidden, 8);
+  // As few blocks as leave each with the units of 8 warps; only if need be with those of more.
+  for (const int each : {4, 6})
+    for (int blocks = 1; blocks <= 16; blocks *= 2)
+      if (ceil_div(eights, blocks) <= each && fits(blocks, false))
+        return {blocks == 1 ? RnnSchedule::kBlock : RnnSchedule::kCluster, blocks, true, 0, 0};
+  for (int each = 4; each >= 1; --each) {
+    const int blocks = ceil_div(eights, each);
+    if (!fits(blocks, true)) continue;
+    const size_t bytes =
+        forward ? rnn_tensor_forward_exchange(dtype, s) : rnn_tensor_backward_exchange(s, blocks);
+    return {RnnSchedule::kGrid, blocks, true, bytes, ceil_div(s.batch, 16) * s.directions};
+  }
+  return {RnnSchedule::kStep, 1, false, 0, 0};
 }
 
 }  // namespace
@@ -36,20 +73,33 @@ RnnSizes rnn_sizes(RnnCell cell) {
   });
 }
 
-void rnn_layer_forward(RnnCell cell, DType dtype, const RnnForward& p, void* stream) {
+RnnPlan rnn_plan(RnnCell cell, DType dtype, const RnnShape& s, bool forward) {
+  if (dtype == DType::kHalf || dtype == DType::kBFloat16) return tensor_plan(cell, dtype, s, forward);
+  const auto fits = forward ? resident_fits<true> : resident_fits<false>;
+  if (fits(cell, dtype, s.hidden, false)) return {RnnSchedule::kBlock, 1, false, 0, 0};
+  if (fits(cell, dtype, s.hidden, true)) return {RnnSchedule::kCluster, kClusterBlocks, false, 0, 0};
+  return {RnnSchedule::kStep, 1, false, 0, 0};
+}
+
+void rnn_layer_forward(RnnCell cell, DType dtype, const RnnPlan& plan, const RnnForward& p, void* stream) {
+  if (plan.tensor_cores)
+    return rnn_tensor_forward_layer(cell, dtype, p, plan.blocks, plan.schedule == RnnSchedule::kGrid, stream);
+  if (plan.schedule != RnnSchedule::kStep) return run_resident<true>(cell, dtype, plan, p, stream);
   with_cell_and_type(cell, dtype, [&](auto unit, auto zero) {
     using Cell = decltype(unit);
     using T = decltype(zero);
-    if (try_resident_in_turn<Cell, T, true>(p, stream)) return;
     (p.shape.batch <= 4 ? step_forward<Cell, T, 1> : step_forward<Cell, T, kWideRows<T>>)(p, stream);
   });
 }
 
-void rnn_layer_backward(RnnCell cell, DType dtype, const RnnBackward& p, void* stream) {
+void rnn_layer_backward(RnnCell cell, DType dtype, const RnnPlan& plan, const RnnBackward& p, void* stream) {
+  if (plan.tensor_cores)
+    return rnn_tensor_backward_layer(cell, dtype, p, plan.blocks, plan.schedule == RnnSchedule::kGrid,
+                                     stream);
+  if (plan.schedule != RnnSchedule::kStep) return run_resident<false>(cell, dtype, plan, p, stream);
   with_cell_and_type(cell, dtype, [&](auto unit, auto zero) {
     using Cell = decltype(unit);
     using T = decltype(zero);
-    if (try_resident_in_turn<Cell, T, false>(p, stream)) return;
     (p.shape.batch <= 4 ? step_backward<Cell, T, 1> : step_backward<Cell, T, kWideRows<T>>)(p, stream);
   });
 }

@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(kMaxThreads<kBlocks>, 1) rnn_resident_backward
       const Moment now = place.active ? Moment(s, direction, step, row) : Moment();
       if (now.runs) {
         Values<T, Cell::kParts> d;
-        grad_now = step_gradients<Cell, T, T>(p, now, direction, row, unit, grad_now, d);
+        grad_now = step_gradients<Cell, T, T>(p, now, load_step<Cell, T, T>(p, now, direction, row, unit),
+                                              direction, unit, grad_now, d);
         if (!now.cut) gates = state_gates<Cell>(d);
       }
       give_to_group<kBlocks>(&gates_now[unit * kGroupRows + lane], gates);
@@ -209,34 +210,36 @@ __global__ void __launch_bounds__(kMaxThreads<kBlocks>, 1) rnn_resident_backward
   if (place.active) store_state<Cell, T>(s, grad_now, p.grad_h_0, p.grad_c_0, direction, row, unit);
 }
 
-// ---- launchers: true if the schedule fits, and then the work is enqueued ----
-template <typename Cell, typename T, int kBlocks>
-size_t resident_shared_bytes(int hidden, bool forward) {
-  const Share share(hidden, kBlocks);
-  const size_t exchanged = size_t(2) * kGroupRows * hidden * (forward ? 1 : Cell::kGates);
-  const size_t partial = size_t(kGroupRows) * kGroupRows * share.padded * (forward ? Cell::kGates : 1);
-  return sizeof(T) * (exchanged + partial + size_t(Cell::kGates) * hidden * share.units);
-}
-
-template <typename Cell, typename T, int kBlocks, bool kForward, typename Params>
-bool try_resident(const Params& p, void* stream) {
-  const RnnShape& s = p.shape;
-  const Share share(s.hidden, kBlocks);
-  const size_t shared = resident_shared_bytes<Cell, T, kBlocks>(s.hidden, kForward);
-  if (share.units > kMaxUnits<kBlocks> || shared > shared_memory_limit()) return false;
-  void (*kernel)(Params);
-  if constexpr (kForward) {
-    kernel = rnn_resident_forward<Cell, T, kBlocks>;
-  } else {
-    kernel = rnn_resident_backward<Cell, T, kBlocks>;
+// ---- launchers ----
+template <typename Cell, typename T, int kBlocks, bool kForward>
+struct Resident {
+  static size_t shared_bytes(int hidden) {
+    const Share share(hidden, kBlocks);
+    const size_t exchanged = size_t(2) * kGroupRows * hidden * (kForward ? 1 : Cell::kGates);
+    const size_t partial = size_t(kGroupRows) * kGroupRows * share.padded * (kForward ? Cell::kGates : 1);
+    return sizeof(T) * (exchanged + partial + size_t(Cell::kGates) * hidden * share.units);
   }
-  const unsigned threads = share.padded * kGroupRows;
-  const dim3 grid(ceil_div(s.batch, kGroupRows) * kBlocks, s.directions);
-  if (kBlocks > 1 && !clusters_fit(kernel, kBlocks, threads, shared)) return false;
-  pack_weights<T, Cell::kGates, kForward>(s, p.weight_hh, p.packed, stream);
-  launch_clusters(kernel, grid, kBlocks, threads, shared, stream, p);
-  return true;
-}
+  static auto kernel() {
+    if constexpr (kForward)
+      return rnn_resident_forward<Cell, T, kBlocks>;
+    else
+      return rnn_resident_backward<Cell, T, kBlocks>;
+  }
+  static unsigned threads(int hidden) { return Share(hidden, kBlocks).padded * kGroupRows; }
+
+  static bool fits(int hidden) {
+    const size_t shared = shared_bytes(hidden);
+    if (Share(hidden, kBlocks).units > kMaxUnits<kBlocks> || shared > shared_memory_limit()) return false;
+    return kBlocks == 1 || clusters_fit(kernel(), kBlocks, threads(hidden), shared);
+  }
+  template <typename Params>
+  static void run(const Params& p, void* stream) {
+    const RnnShape& s = p.shape;
+    pack_weights<T, Cell::kGates, kForward>(s, p.weight_hh, p.packed, stream);
+    const dim3 grid(ceil_div(s.batch, kGroupRows) * kBlocks, s.directions);
+    launch_clusters(kernel(), grid, kBlocks, threads(s.hidden), shared_bytes(s.hidden), stream, p);
+  }
+};
 
 }  // namespace
 }  // namespace cnnrnn::cuda

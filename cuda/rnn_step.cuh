@@ -191,7 +191,9 @@ __global__ void __launch_bounds__(kStepThreads, 2) rnn_step_backward(RnnBackward
   }
   const Moment now(s, direction, step, n);
   Values<A, Cell::kParts> d;
-  if (now.runs) grad_now = step_gradients<Cell, A, T>(p, now, direction, n, unit, grad_now, d);
+  if (now.runs)
+    grad_now = step_gradients<Cell, A, T>(p, now, load_step<Cell, A, T>(p, now, direction, n, unit),
+                                          direction, unit, grad_now, d);
   *carry_h = grad_now.h;
   if constexpr (Cell::kHasC) *carry_c = grad_now.c;
 }

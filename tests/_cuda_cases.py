@@ -441,7 +441,8 @@ RNNS = {
     "h100": Rnn(2, 2, 3, 100),
     "few_rows": Rnn(3, 2, 3, 130, d=2),
     "many_rows": Rnn(2, 18, 2, 145),
-    "lengths": Rnn(4, 6, 3, 10, d=2, rows="lengths, reset"),
+    # An even input size: torch's bfloat16 products on a CPU let NaN of one row into others at odd ones.
+    "lengths": Rnn(4, 6, 4, 10, d=2, rows="lengths, reset"),
     "packed": Rnn(4, 5, 3, 9, d=2, rows="packed, reset"),
     "lengths_over_a_cluster": Rnn(4, 5, 2, 131, d=2, rows="lengths"),
 }

@@ -13,6 +13,8 @@ import _cuda_cases as cases
 import pytest
 import torch
 
+from cnnrnn_ext.functional._schedule import describe_plan
+
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
 import build as emulation_build
 
@@ -27,14 +29,15 @@ def library():
     library = ctypes.CDLL(str(path))
     library.run_planted.restype = ctypes.c_char_p
     library.run_planted.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_bool]
-    library.emulator_device.argtypes = [ctypes.c_size_t, ctypes.c_bool]
+    library.emulator_device.argtypes = [ctypes.c_size_t, ctypes.c_uint, ctypes.c_uint]
     library.emulator_drop_barrier.argtypes = [ctypes.c_char_p]
     library.emulator_seen_barriers.restype = ctypes.c_char_p
     return library
 
 
-SM_80, SM_90 = (163 * 1024, False), (227 * 1024, True)  # shared memory of a block, clusters
-NO_SHARED_MEMORY = (0, False)  # to launchers that ask: no schedule with resident weights fits
+# Shared memory of a block, blocks of the largest cluster, blocks that run at once
+SM_80, SM_90 = (163 * 1024, 0, 108), (227 * 1024, 8, 132)
+NO_SHARED_MEMORY = (0, 0, 1)  # to launchers that ask: no schedule with resident weights fits
 
 
 @pytest.fixture
@@ -61,6 +64,11 @@ PLANTED = {
     "cluster swaps early": (8, "race|uninitialised|block that has not begun"),
     "cluster returns early": (9, "access to a block that has returned"),
     "misaligned": (10, "misaligned access"),
+    "pair swaps": (11, "race|uninitialised"),
+    "push is not awaited": (12, "race|uninitialised"),
+    "push is miscounted": (13, "deadlock .* 192 of 192 threads wait at planted_bugs.cu:"),
+    "flag too early": (14, "race .* in tensor 0"),
+    "flag is not awaited": (15, "race .* in tensor 0"),
 }
 
 
@@ -69,9 +77,14 @@ PLANTED = {
 def test_planted_bug_is_reported(library, bug, seed):
     which, pattern = PLANTED[bug]
     library.emulator_seed(seed)
-    data = torch.arange(192, dtype=torch.int32)
-    assert not library.run_planted(which, data.data_ptr(), True)
-    report = library.run_planted(which, data.data_ptr(), False).decode()
+
+    def run(sound):
+        data = torch.arange(192, dtype=torch.int32)
+        data[-1] = 0  # a flag
+        return library.run_planted(which, data.data_ptr(), sound).decode()
+
+    assert not run(True)
+    report = run(False)
     assert re.search(pattern, report), report
 
 
@@ -95,6 +108,10 @@ def _multi_chunk(library, ops):
         library.emulator_device(*device)
         operands = cases._convert(case.draw("lstm"), "cpu", torch.float32)
         cases.rnn_train_and_backward(ops, "lstm", cases.WHOLE, operands)
+    for device, hidden in ((SM_90, 20), (SM_90, 70), (SM_80, 70)):  # a block, a cluster of 4, the grid
+        library.emulator_device(*device)
+        operands = cases._convert(cases.Rnn(5, 5, 3, hidden).draw("lstm"), "cpu", torch.bfloat16)
+        cases.rnn_train_and_backward(ops, "lstm", cases.WHOLE, operands)
 
 
 def test_every_barrier_is_needed(library, ops):
@@ -102,12 +119,13 @@ def test_every_barrier_is_needed(library, ops):
     library.emulator_seen_barriers()
     _multi_chunk(library, ops)
     sites = library.emulator_seen_barriers().decode().split()
-    assert len(sites) >= 14, sites
+    assert len(sites) >= 30, sites
     for site in sites:
         library.emulator_drop_barrier(site.encode())
         try:
             with pytest.raises(
-                RuntimeError, match=r"emulation: (race|uninitialised|access to a block that has)"
+                RuntimeError,
+                match=r"emulation: (race|uninitialised|access to a block that has|.*nobody initialised)",
             ):
                 _multi_chunk(library, ops)
         except pytest.fail.Exception:
@@ -230,6 +248,77 @@ def test_rnn_a_launch_a_step(library, ops, case, cell, dtype):
 def test_rnn_rows(library, ops, cell, rows, device):
     library.emulator_device(*device)
     cases.check_rnn(ops, "cpu", cell, cases.Rnn(4, 6, 2, 9, d=2, rows=rows), torch.float64)
+
+
+TENSOR_CORES = {  # of half types: (device, hidden_size)
+    "a block": (SM_90, 20),
+    "a cluster of 2": (SM_90, 37),
+    "a cluster of 4": (SM_90, 70),
+    "a cluster of 2, 12 warps a block": ((227 * 1024, 2, 132), 90),
+    "a block of the grid": ((227 * 1024, 0, 132), 20),
+    "the grid": (SM_80, 70),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", ["whole", "lengths, reset", "packed, reset"])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("device", "hidden"), TENSOR_CORES.values(), ids=TENSOR_CORES)
+def test_rnn_on_tensor_cores(library, ops, device, hidden, cell, rows, dtype):
+    library.emulator_device(*device)
+    directions = 1 if rows == "whole" else 2
+    cases.check_rnn(ops, "cpu", cell, cases.Rnn(4, 18, 4, hidden, d=directions, rows=rows), dtype)
+
+
+PLANS = [
+    (SM_90, torch.bfloat16, 20, "forward: one block a tile, tensor cores"),
+    (SM_90, torch.bfloat16, 128, "forward: clusters of 4, tensor cores"),
+    ((227 * 1024, 16, 132), torch.float16, 512, "forward: clusters of 16, tensor cores"),
+    (SM_80, torch.bfloat16, 128, "forward: groups of 4 blocks, tensor cores"),
+    ((227 * 1024, 16, 132), torch.bfloat16, 1024, "forward: groups of 32 blocks, tensor cores"),
+    (SM_80, torch.bfloat16, 4096, "forward: a launch a step"),
+    (SM_90, torch.float32, 100, "forward: one block a tile"),
+    (SM_90, torch.float64, 150, "forward: clusters of 8"),
+    (SM_80, torch.float32, 150, "forward: a launch a step"),
+]
+
+
+@pytest.mark.parametrize(("device", "dtype", "hidden", "plan"), PLANS)
+def test_plan(library, ops, device, dtype, hidden, plan):
+    """The schedule is chosen by shape and by what the device can hold, and told in words."""
+    library.emulator_device(*device)
+    assert describe_plan(ops, "lstm", torch.empty(0, dtype=dtype), 16, hidden, 1, False) == plan
+
+
+def test_plan_when_the_grid_is_full(library, ops):
+    """Groups of the grid must run at once; clusters may follow each other."""
+    library.emulator_device(*SM_80)
+    x = torch.empty(0, dtype=torch.bfloat16)
+    assert "groups of 4" in describe_plan(ops, "lstm", x, 16 * 27, 128, 1, False)
+    assert "a launch a step" in describe_plan(ops, "lstm", x, 16 * 28, 128, 1, False)
+    library.emulator_device(*SM_90)
+    told = describe_plan(ops, "gru", x, 16 * 28, 128, 2, True)
+    assert told == "forward: clusters of 4, tensor cores; backward: clusters of 4, tensor cores"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("device", "hidden"), TENSOR_CORES.values(), ids=TENSOR_CORES)
+def test_tensor_cores_do_not_depend_on_the_schedule(library, ops, device, hidden, seed):
+    torch.manual_seed(0)
+    library.emulator_device(*device)
+    case = cases.Rnn(6, 5, 2, hidden, d=2, rows="lengths, reset")
+    operands = cases._convert(case.draw("gru"), "cpu", torch.bfloat16)
+    first = cases.rnn_train_and_backward(ops, "gru", case.steps("cpu"), operands)
+    library.emulator_seed(1 + seed)
+    for a, b in zip(
+        first, cases.rnn_train_and_backward(ops, "gru", case.steps("cpu"), operands), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_rnn_large_on_tensor_cores(ops):
+    """More weights than registers hold, and in the backward more columns than a warp makes at a time."""
+    cases.check_rnn(ops, "cpu", "lstm", cases.Rnn(2, 3, 2, 520), torch.bfloat16)
 
 
 def test_rnn_lengths_out_of_bounds(ops):

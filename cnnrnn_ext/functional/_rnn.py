@@ -2,11 +2,12 @@
 
 import torch
 
-from cnnrnn_ext._backend import use_compiled
+from cnnrnn_ext._backend import is_traced, use_compiled
 from cnnrnn_ext._checks import check_choice, check_tensor
 from cnnrnn_ext._checks_rnn import check_sequence
 from cnnrnn_ext.functional._common import autocast_dtype, beyond_autocast, cast, needs_grad, runs_in_float32
 from cnnrnn_ext.functional._narrow import narrow_entry, narrow_note, narrow_uncovered, widened
+from cnnrnn_ext.functional._schedule import schedule_note
 from cnnrnn_ext.reference._cells import CELLS, NONLINEARITIES
 from cnnrnn_ext.reference._rnn import (
     Options,
@@ -198,6 +199,8 @@ def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
     uncovered, note = _uncovered(cell, options), None
     if entry:
         uncovered, note = uncovered or narrow_uncovered(input), narrow_note(narrow)
+    elif is_traced() and uncovered is None:
+        note = _schedule_note(cell, input, states, flat_weights, options)
     compiled = use_compiled(op, input, uncovered, note)
     if entry and (not compiled or (options.return_all and CELLS[cell].states == 2)):
         # No narrow operator: the cells of every step come from the one for training.
@@ -273,6 +276,14 @@ def _autocast(cell, input, states, flat_weights, options):
     if options.layer_norm is not None:
         options = options._replace(layer_norm=cast(dtype, *options.layer_norm))
     return input, states, flat_weights, options, result
+
+
+def _schedule_note(cell, input, states, flat_weights, options):
+    batch = input.shape[0 if options.swapped else 1]
+    if options.batch_sizes is not None:
+        batch = int(options.batch_sizes[0]) if len(options.batch_sizes) else 0
+    train = needs_grad(input, *(states or ()), *flat_weights)
+    return schedule_note(cell, input, batch, flat_weights[1].shape[1], options.directions, train)
 
 
 def _uncovered(cell, options):

@@ -99,7 +99,7 @@ Cell& cell_of(uintptr_t address) {
 void note_read(Cell& cell, const Epoch& now, uintptr_t address, bool in_shared) {
   if (in_shared && (!cell.written || cell.write.launch != now.launch))
     report("uninitialised read", address, nullptr);
-  if (cell.written && !cell.write.ordered_before(now))
+  if (cell.written && !happened_before_now(cell.write))
     report("race (read after write)", address, &cell.write);
   if (cell.reads > 0 && (cell.read[0].thread != now.thread || cell.read[0].block != now.block)) {
     cell.read[1] = cell.read[0];
@@ -110,14 +110,16 @@ void note_read(Cell& cell, const Epoch& now, uintptr_t address, bool in_shared) 
 }
 
 void note_write(Cell& cell, const Epoch& now, uintptr_t address) {
-  if (cell.written && !cell.write.ordered_before(now))
+  if (cell.written && !happened_before_now(cell.write))
     report("race (write after write)", address, &cell.write);
   for (int i = 0; i < cell.reads; ++i)
-    if (!cell.read[i].ordered_before(now)) report("race (write after read)", address, &cell.read[i]);
+    if (!happened_before_now(cell.read[i])) report("race (write after read)", address, &cell.read[i]);
   cell.written = true;
   cell.write = now;
   cell.reads = 0;
 }
+
+}  // namespace
 
 void access(const void* pointer, size_t bytes, bool write) {
   if (current == nullptr) return;  // host code around the launch
@@ -138,7 +140,7 @@ void access(const void* pointer, size_t bytes, bool write) {
       report(write ? "write out of bounds" : "read out of bounds", address, nullptr);
     }
   }
-  const Epoch& now = current_epoch();
+  const Epoch now = current_epoch();
   for (uintptr_t at = address & ~(holder->cell - 1); at < address + bytes; at += holder->cell) {
     Cell& cell = cell_of(at);
     // Shared memory is the block's own: what another block did at this address is forgotten.
@@ -151,8 +153,6 @@ void access(const void* pointer, size_t bytes, bool write) {
     }
   }
 }
-
-}  // namespace
 
 void set_fibers(const void* begin, size_t bytes) { fibers = make_range(begin, bytes); }
 void set_stack(const void* begin, size_t bytes) { stack = make_range(begin, bytes); }
