@@ -27,6 +27,8 @@ def library():
     library = ctypes.CDLL(str(path))
     library.run_planted.restype = ctypes.c_char_p
     library.run_planted.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_bool]
+    library.run_fragments.restype = ctypes.c_char_p
+    library.run_fragments.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_bool]
     library.emulator_device.argtypes = [ctypes.c_size_t, ctypes.c_bool]
     library.emulator_drop_barrier.argtypes = [ctypes.c_char_p]
     library.emulator_seen_barriers.restype = ctypes.c_char_p
@@ -60,6 +62,9 @@ PLANTED = {
     "cluster swaps early": (8, "race|uninitialised|block that has not begun"),
     "cluster returns early": (9, "access to a block that has returned"),
     "misaligned": (10, "misaligned access"),
+    "copy not waited for": (11, "uninitialised read in shared memory"),
+    "copy over a reader": (12, "race|uninitialised"),
+    "mma as a barrier": (13, "race|uninitialised"),
 }
 
 
@@ -78,6 +83,27 @@ def test_sound_kernel_computes(library):
     data = torch.arange(192, dtype=torch.int32)
     assert not library.run_planted(0, data.data_ptr(), True)
     assert torch.equal(data, torch.arange(192, dtype=torch.int32).view(2, 96).roll(-1, 1).flatten())
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["by words", "by load_matrices"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_matrix_fragments(library, dtype, loaded):
+    """D = A B from fragments as primitives_mma.cuh lays them out; float32 as TF32, exact for few bits."""
+    depth = 8 if dtype == torch.float32 else 16
+    a, b = torch.randint(-9, 10, (16, depth)).to(dtype), torch.randint(-9, 10, (8, depth)).to(dtype)
+    d = torch.full((16, 8), float("nan"))
+    which = [torch.float16, torch.bfloat16, torch.float32].index(dtype)
+    assert not library.run_fragments(which, a.data_ptr(), b.data_ptr(), d.data_ptr(), loaded)
+    assert torch.equal(d, a.float() @ b.float().T)
+
+
+def test_transposed_load(library):
+    """load_matrices_transposed reads the fragment of A from a matrix stored by columns."""
+    a, b = torch.randint(-9, 10, (16, 16)).half(), torch.randint(-9, 10, (8, 16)).half()
+    d = torch.full((16, 8), float("nan"))
+    columns = a.T.contiguous()
+    assert not library.run_fragments(3, columns.data_ptr(), b.data_ptr(), d.data_ptr(), True)
+    assert torch.equal(d, a.float() @ b.float().T)
 
 
 def _multi_chunk(library, ops):

@@ -4,6 +4,8 @@
 #include "emulator.h"
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <random>
@@ -84,13 +86,24 @@ struct Context {
 
 enum class State { kReady, kWaiting, kDone };
 
+// An asynchronous copy that has not landed: what it will write.
+struct PendingCopy {
+  unsigned char* to;
+  std::array<unsigned char, 16> data;
+  size_t bytes;
+  int group;  // committed with the copies of this number
+};
+
 struct Task : Fiber {
   Context context;
   State state = State::kReady;
   bool begun = false;
   Scope scope = kWarp;
-  std::string site;
+  Site site{"", 0};
+  void* operand = nullptr;  // of the exchange it waits in
   Epoch epoch;
+  std::vector<PendingCopy> copies;
+  int copy_groups = 0;  // committed so far
 };
 
 std::mt19937 random_source(0);
@@ -143,7 +156,7 @@ std::string describe_stall() {
   std::map<std::string, unsigned> waiting;
   unsigned done = 0;
   for (const Task& task : tasks) {
-    if (task.state == State::kWaiting) ++waiting[task.site];
+    if (task.state == State::kWaiting) ++waiting[site_name(task.site)];
     done += task.state == State::kDone;
   }
   for (const auto& [site, count] : waiting)
@@ -184,6 +197,31 @@ bool run_a_warp() {
     }
   }
   return true;
+}
+
+// Waits until all threads of the scope are here: false for those that were waited for, true for the last,
+// which is to release the others, tasks [begin, end).
+bool arrive_last(Scope scope, Site site, std::pair<unsigned, unsigned>& group) {
+  Task& self = running();
+  self.scope = scope;
+  self.site = site;
+  self.state = State::kWaiting;
+  group = group_of(self, scope);
+  unsigned arrived = 0;
+  for (unsigned i = group.first; i < group.second; ++i) {
+    const Task& task = tasks[i];
+    if (task.state != State::kWaiting || task.scope != scope) continue;
+    if (task.site.line != site.line || std::strcmp(task.site.file, site.file) != 0) {
+      std::ostringstream text;
+      text << "divergent " << scope_name(scope) << " barriers: " << site_name(task.site) << " and "
+           << site_name(site);
+      fail(text.str());
+    }
+    ++arrived;
+  }
+  if (arrived == group.second - group.first) return true;
+  leave();
+  return false;
 }
 
 void run_cluster(unsigned cluster, size_t shared_bytes) {
@@ -257,31 +295,53 @@ void fail(const std::string& message) {
 void rendezvous(Scope scope, Site place) {
   const std::string site = site_name(place);
   seen_sites.insert(site);
-  if (dropped_sites.count(site)) return;
-  Task& self = running();
-  self.scope = scope;
-  self.site = site;
-  self.state = State::kWaiting;
-  const auto [begin, end] = group_of(self, scope);
-  unsigned arrived = 0;
-  for (unsigned i = begin; i < end; ++i) {
-    const Task& task = tasks[i];
-    if (task.state != State::kWaiting) continue;
-    if (task.scope == scope && task.site != site) {
-      std::ostringstream text;
-      text << "divergent " << scope_name(scope) << " barriers: " << task.site << " and " << site;
-      fail(text.str());
-    }
-    arrived += task.scope == scope;
-  }
-  if (arrived < end - begin) {
-    leave();
-    return;
-  }
-  for (unsigned i = begin; i < end; ++i) {  // the last to arrive goes on, the others may
+  std::pair<unsigned, unsigned> group;
+  if (dropped_sites.count(site) || !arrive_last(scope, place, group)) return;
+  for (unsigned i = group.first; i < group.second; ++i) {  // the last to arrive goes on, the others may
     tasks[i].state = State::kReady;
     for (int s = 0; s <= scope; ++s) ++tasks[i].epoch.phase[s];
   }
+}
+
+void exchange(Site place, void* operand, void (*action)(void* const* operands)) {
+  running().operand = operand;
+  std::pair<unsigned, unsigned> group;
+  if (!arrive_last(kWarp, place, group)) return;
+  if (group.second - group.first < kWarpSize) fail("an instruction of a whole warp in half a one");
+  void* operands[kWarpSize];
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) operands[lane] = tasks[group.first + lane].operand;
+  action(operands);
+  for (unsigned i = group.first; i < group.second; ++i) tasks[i].state = State::kReady;
+}
+
+void async_copy(void* to, const void* from, size_t bytes, bool zeros) {
+  Task& task = running();
+  PendingCopy copy{static_cast<unsigned char*>(to), {}, bytes, task.copy_groups};
+  check_alignment(to, bytes);
+  if (!zeros) {
+    check_alignment(from, bytes);
+    check_read(from, bytes);
+    std::memcpy(copy.data.data(), from, bytes);
+  }
+  check_write_begun(to, bytes);
+  std::memset(to, 0xFF, bytes);
+  task.copies.push_back(copy);
+}
+
+void async_commit() { ++running().copy_groups; }
+
+void async_wait(int groups_left) {
+  Task& task = running();
+  std::vector<PendingCopy> left;
+  for (const PendingCopy& copy : task.copies) {
+    if (copy.group >= task.copy_groups - groups_left) {
+      left.push_back(copy);
+      continue;
+    }
+    check_write(copy.to, copy.bytes);
+    std::memcpy(copy.to, copy.data.data(), copy.bytes);
+  }
+  task.copies = left;
 }
 
 void run(Index grid, unsigned blocks_of_cluster, unsigned threads, size_t shared_bytes,

@@ -31,6 +31,12 @@ const Epoch& current_epoch();
 // Records a violation and ends the launch; the calling fiber never runs again.
 void fail(const std::string& message);
 
+// The checks of an access by the calling fiber that the compiler does not see. A write that has begun leaves
+// its place as if never written.
+void check_read(const void* place, size_t bytes);
+void check_write(const void* place, size_t bytes);
+void check_write_begun(const void* place, size_t bytes);
+
 // Where the fibers' own threadIdx, blockIdx, ... are.
 void set_fibers(const void* begin, size_t bytes);
 void set_stack(const void* begin, size_t bytes);
