@@ -7,6 +7,7 @@ rules, resource limits, fast-math instructions or speed.
 import ctypes
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import _cuda_cases as cases
@@ -108,7 +109,11 @@ def test_transposed_load(library):
 
 def _multi_chunk(library, ops):
     """Runs every kernel that has barriers, so that each of its loops goes round at least twice."""
-    conv = [cases.Conv((2, 9, 24, 24), 3), cases.Conv((2, 9, 24, 24), 3, ceil_mode=True, pool=(3, 3))]
+    conv = [
+        cases.Conv((2, 9, 24, 24), 3),
+        cases.Conv((1, 9, 24, 24), 3, activation="silu"),
+        cases.Conv((2, 9, 24, 24), 3, ceil_mode=True, pool=(3, 3)),
+    ]
     for case in conv:
         x, weight, bias, grad_y = case.draw(cases.small_integers)
         cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, grad_y)
@@ -126,7 +131,7 @@ def test_every_barrier_is_needed(library, ops):
     library.emulator_seen_barriers()
     _multi_chunk(library, ops)
     sites = library.emulator_seen_barriers().decode().split()
-    assert len(sites) >= 14, sites
+    assert len(sites) >= 15, sites
     for site in sites:
         library.emulator_drop_barrier(site.encode())
         try:
@@ -147,6 +152,19 @@ def test_every_barrier_is_needed(library, ops):
 @pytest.mark.parametrize("case", cases.CONVS.values(), ids=cases.CONVS)
 def test_conv_pool_exact_on_integers(ops, case, dtype):
     cases.check_conv_exact(ops, "cpu", case, dtype)
+
+
+@pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS)
+@pytest.mark.parametrize("case", cases.ACTIVATED.values(), ids=cases.ACTIVATED)
+def test_conv_pool_activations(ops, case, activation, dtype):
+    cases.check_conv_activation(ops, "cpu", replace(case, activation=activation), dtype)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", *cases.ACTIVATIONS])
+@pytest.mark.parametrize("case", [n for n, case in cases.ACTIVATED.items() if case.kind == "max"])
+def test_conv_pool_indices(ops, case, activation):
+    cases.check_conv_indices(ops, "cpu", replace(cases.ACTIVATED[case], activation=activation))
 
 
 @pytest.mark.parametrize("activation", ["relu", "none"])
@@ -196,11 +214,9 @@ def test_conv_pool_empty_batch(ops):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(activation="tanh"), "activation: the CUDA kernels cover 'relu' and 'none', got 'tanh'"),
-        (
-            dict(pool=(16, 16)),
-            "pool_size: the CUDA kernels cover windows of at most 254 positions, got 16x16",
-        ),
+        (dict(activation="tan"), "activation: expected 'none' or the name of an activation, got 'tan'"),
+        (dict(kind="min"), "pool: the CUDA kernels cover 'max' and 'avg', got 'min'"),
+        (dict(pool=(16, 16)), "pool_size: expected at most 255 positions, got 16x16"),
         (dict(padding=(-1, 0)), "padding: expected at least 0, got -1"),
         (dict(stride=(1, 0)), "stride: expected at least 1, got 0"),
         (dict(groups=2), "groups: expected a divisor of 3"),
