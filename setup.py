@@ -264,7 +264,7 @@ class BuildLibraries(build_ext):
             # nvcc links, because it knows where its libraries are. cudart goes in statically: the library
             # brings its own and shares torch's driver context.
             ninja.rule("nvlink", f"{nvcc} -ccbin {cxx} -shared -cudart static $in -o $out $flags")
-            nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{ROOT}/csrc"]
+            nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", f"-I{ROOT}/csrc"]
             nvcc_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode_flags()]
             kernels = [ninja.compile("nvcc", s, "_ops_cuda", nvcc_flags) for s in CUDA_KERNEL_SOURCES]
             host_flags = [*ops_flags, f"-I{ROOT}/cuda"]

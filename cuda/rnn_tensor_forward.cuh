@@ -24,7 +24,7 @@ struct ForwardMemory {
 
 // Slices of its weights that a warp of the forward pass keeps in registers.
 template <typename Cell, int kWarps>
-constexpr int kKeptForward = std::min(8, (kWarps <= 8 ? 32 : 16) / Cell::kGates);
+constexpr int kKeptForward = std::min(8, (kWarps <= 8 ? 32 : 12) / Cell::kGates);
 
 // A lane's two units of h, and those of its three neighbours: 8 units of one row.
 template <typename E>

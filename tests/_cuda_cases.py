@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from cnnrnn_ext import reference
+from cnnrnn_ext._operator_conv_pool import winner_index
+
 ALL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -24,6 +27,7 @@ class Conv:
     dilation: tuple = (1, 1)
     groups: int = 1
     activation: str = "relu"
+    kind: str = "max"  # or "avg"
     pool: tuple = (2, 2)
     pool_stride: tuple = (2, 2)
     pool_padding: tuple = (0, 0)
@@ -34,7 +38,8 @@ class Conv:
     @property
     def arguments(self):
         return (
-            list(self.stride), list(self.padding), list(self.dilation), self.groups, self.activation, "max",
+            list(self.stride), list(self.padding), list(self.dilation), self.groups,
+            self.activation, self.kind,
             list(self.pool), list(self.pool_stride), list(self.pool_padding), self.ceil_mode,
         )  # fmt: skip
 
@@ -47,8 +52,16 @@ class Conv:
 
     def oracle(self, x, weight, bias):
         y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        y = F.relu(y) if self.activation == "relu" else y
+        y = reference.ACTIVATIONS[self.activation](y)
+        if self.kind == "avg":
+            return F.avg_pool2d(y, self.pool, self.pool_stride, self.pool_padding, self.ceil_mode)
         return F.max_pool2d(y, self.pool, self.pool_stride, self.pool_padding, ceil_mode=self.ceil_mode)
+
+    def kept_for_backward(self, y, kept):
+        """What autograd passes on: operators.schema."""
+        if kept.numel() > 0:
+            return kept
+        return None if self.activation == "none" or (self.activation, self.kind) == ("relu", "max") else y
 
 
 # The first five take the 3x3 kernel (its three tile shapes), the others the general one.
@@ -63,6 +76,14 @@ CONVS = {
     "rectangles": Conv((1, 4, 9, 13), 3, (2, 5), (1, 2), (0, 2), pool=(1, 3), pool_stride=(1, 2)),
     "dilated_grouped": Conv((2, 4, 12, 11), 6, (3, 3), (2, 1), (2, 3), (2, 3), groups=2, bias=False),
     "one_by_one": Conv((3, 2, 5, 5), 2, (1, 1), padding=(0, 0), activation="none", pool=(5, 5)),
+    "two_rows": Conv((2, 3, 12, 13), 5, pool=(2, 1), pool_stride=(2, 1), ceil_mode=True),
+    "two_columns": Conv((2, 3, 9, 15), 9, pool=(1, 2), pool_stride=(1, 2), channels_last=True),
+    "no_pool": Conv((2, 3, 7, 11), 9, pool=(1, 1), pool_stride=(1, 1), activation="relu6"),
+    "no_pool_strided": Conv((2, 3, 9, 11), 5, (5, 5), (2, 2), pool=(1, 1), pool_stride=(1, 1)),
+    "relu6": Conv((2, 6, 9, 12), 5, activation="relu6"),
+    "average": Conv((2, 3, 9, 12), 5, kind="avg"),
+    "average_relu6": Conv((2, 6, 13, 8), 5, kind="avg", activation="relu6", channels_last=True),
+    "average_gaps": Conv((2, 1, 15, 16), 3, kind="avg", activation="none", pool=(2, 1), pool_stride=(3, 2)),
 }
 
 
@@ -85,13 +106,13 @@ def run_conv(ops, device, case, dtype, x, weight, bias, grad_y):
     bias = None if bias is None else bias.to(device, dtype)
     if case.channels_last:
         x = x.to(memory_format=torch.channels_last)
-    y, code, _ = ops.conv_pool2d_train(x, weight, bias, *case.arguments)
+    y, code, kept = ops.conv_pool2d_train(x, weight, bias, *case.arguments)
     assert y.stride() == torch.empty_like(y, memory_format=_layout(x)).stride()
     inference = ops.conv_pool2d(x, weight, bias, *case.arguments)
     torch.testing.assert_close(inference, y, rtol=0, atol=0, equal_nan=True)
     need_bias = bias is not None
     grads = ops.conv_pool2d_backward(
-        grad_y, x, weight, bias, code, None, *case.arguments, True, True, need_bias
+        grad_y, x, weight, bias, code, case.kept_for_backward(y, kept), *case.arguments, True, True, need_bias
     )
     return y, code, *grads
 
@@ -110,6 +131,52 @@ def check_conv_exact(ops, device, case, dtype):
     expected = (y, *gradients(y, grad_y, leaves))
     for got, want in zip((results[0], *results[2 : 2 + len(leaves)]), expected, strict=True):
         torch.testing.assert_close(got.cpu(), want.detach().to(dtype), rtol=0, atol=0)
+
+
+# Each way that the direct kernels take, and the average pools.
+ACTIVATED = {
+    "blocks": Conv((2, 3, 9, 12), 9),
+    "blocks_ceil": Conv((1, 3, 8, 9), 3, padding=(0, 0), ceil_mode=True, channels_last=True),
+    "two_columns": Conv((1, 2, 8, 9), 3, pool=(1, 2), pool_stride=(1, 2)),
+    "no_pool": Conv((1, 2, 8, 9), 3, pool=(1, 1), pool_stride=(1, 1)),
+    "overlapping_pool": Conv((2, 3, 11, 10), 6, pool=(3, 3), pool_padding=(1, 1), ceil_mode=True),
+    "average": Conv((2, 3, 9, 8), 5, kind="avg", channels_last=True),
+    "average_ceil": Conv(
+        (2, 2, 9, 10), 3, kind="avg", pool=(3, 2), pool_stride=(2, 3), pool_padding=(1, 1), ceil_mode=True
+    ),
+}
+ACTIVATIONS = [name for name in reference.ACTIVATIONS if name not in ("none", "relu")]
+
+
+def check_conv_activation(ops, device, case, dtype):
+    """Operands whose convolution is exact, so that rounding decides no window; the error is torch's.
+
+    Where float32 is rounded to dtype before the pool, as torch does and we do not, two values may tie for
+    torch alone: gradients are compared in float32 and float64 only.
+    """
+    x, weight, bias, grad_y = case.draw(lambda shape: small_integers(shape) / 2)
+    got = run_conv(ops, device, case, dtype, x, weight, bias, grad_y)
+
+    def differentiated(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        y = case.oracle(*leaves)
+        return [y, *gradients(y, grad_y.to(dtype), leaves)]
+
+    count = 4 if dtype in (torch.float32, torch.float64) else 1
+    got = [got[0], *got[2:]][:count]
+    assert_as_good(got, differentiated(dtype)[:count], differentiated(torch.float64)[:count], 4)
+
+
+def check_conv_indices(ops, device, case, dtype=torch.float32):
+    """The codes name F.max_pool2d's winners, also where an activation is flat or rises to the left."""
+    x, weight, bias, _ = (t.to(dtype) for t in case.draw(lambda shape: 6 * small_integers(shape)))
+    conv = F.conv2d(x, weight, bias, case.stride, case.padding, case.dilation, case.groups)
+    pool = case.pool, case.pool_stride, case.pool_padding
+    want = F.max_pool2d(
+        reference.ACTIVATIONS[case.activation](conv), *pool, ceil_mode=case.ceil_mode, return_indices=True
+    )[1]
+    _, code, _ = ops.conv_pool2d_train(*(t.to(device) for t in (x, weight, bias)), *case.arguments)
+    assert torch.equal(winner_index(code.cpu(), conv.shape[3], *pool), want)
 
 
 def check_conv_nan(ops, device, case):
@@ -134,15 +201,15 @@ def error(got, want):
     return (got.detach().cpu().double() - want.detach().double()).abs().max().item()
 
 
-def assert_as_good(got, torchs, want):
-    """The error of ours is at most twice torch's own in that dtype, and one unit in the last place.
+def assert_as_good(got, torchs, want, units=1):
+    """The error of ours is at most twice torch's own in that dtype, and some units in the last place.
 
     In float64 the oracle is no better than either: 1e-13 of the largest value.
     """
     for ours, theirs, oracle in zip(got, torchs, want, strict=True):
         assert ours.shape == oracle.shape
         unit = max(torch.finfo(theirs.dtype).eps, 1e-13) * max(1.0, oracle.abs().max().item())
-        assert error(ours, oracle) <= 2 * error(theirs, oracle) + unit
+        assert error(ours, oracle) <= 2 * error(theirs, oracle) + units * unit
 
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}

@@ -7,6 +7,7 @@ rules, resource limits, fast-math instructions or speed.
 import ctypes
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import _cuda_cases as cases
@@ -29,6 +30,8 @@ def library():
     library = ctypes.CDLL(str(path))
     library.run_planted.restype = ctypes.c_char_p
     library.run_planted.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_bool]
+    library.run_fragments.restype = ctypes.c_char_p
+    library.run_fragments.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_bool]
     library.emulator_device.argtypes = [ctypes.c_size_t, ctypes.c_uint, ctypes.c_uint]
     library.emulator_drop_barrier.argtypes = [ctypes.c_char_p]
     library.emulator_seen_barriers.restype = ctypes.c_char_p
@@ -64,11 +67,14 @@ PLANTED = {
     "cluster swaps early": (8, "race|uninitialised|block that has not begun"),
     "cluster returns early": (9, "access to a block that has returned"),
     "misaligned": (10, "misaligned access"),
-    "pair swaps": (11, "race|uninitialised"),
-    "push is not awaited": (12, "race|uninitialised"),
-    "push is miscounted": (13, "deadlock .* 192 of 192 threads wait at planted_bugs.cu:"),
-    "flag too early": (14, "race .* in tensor 0"),
-    "flag is not awaited": (15, "race .* in tensor 0"),
+    "copy not waited for": (11, "uninitialised read in shared memory"),
+    "copy over a reader": (12, "race|uninitialised"),
+    "mma as a barrier": (13, "race|uninitialised"),
+    "pair swaps": (14, "race|uninitialised"),
+    "push is not awaited": (15, "race|uninitialised"),
+    "push is miscounted": (16, "deadlock .* 192 of 192 threads wait at planted_bugs.cu:"),
+    "flag too early": (17, "race .* in tensor 0"),
+    "flag is not awaited": (18, "race .* in tensor 0"),
 }
 
 
@@ -94,9 +100,34 @@ def test_sound_kernel_computes(library):
     assert torch.equal(data, torch.arange(192, dtype=torch.int32).view(2, 96).roll(-1, 1).flatten())
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["by words", "by load_matrices"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_matrix_fragments(library, dtype, loaded):
+    """D = A B from fragments as primitives_mma.cuh lays them out; float32 as TF32, exact for few bits."""
+    depth = 8 if dtype == torch.float32 else 16
+    a, b = torch.randint(-9, 10, (16, depth)).to(dtype), torch.randint(-9, 10, (8, depth)).to(dtype)
+    d = torch.full((16, 8), float("nan"))
+    which = [torch.float16, torch.bfloat16, torch.float32].index(dtype)
+    assert not library.run_fragments(which, a.data_ptr(), b.data_ptr(), d.data_ptr(), loaded)
+    assert torch.equal(d, a.float() @ b.float().T)
+
+
+def test_transposed_load(library):
+    """load_matrices_transposed reads the fragment of A from a matrix stored by columns."""
+    a, b = torch.randint(-9, 10, (16, 16)).half(), torch.randint(-9, 10, (8, 16)).half()
+    d = torch.full((16, 8), float("nan"))
+    columns = a.T.contiguous()
+    assert not library.run_fragments(3, columns.data_ptr(), b.data_ptr(), d.data_ptr(), True)
+    assert torch.equal(d, a.float() @ b.float().T)
+
+
 def _multi_chunk(library, ops):
     """Runs every kernel that has barriers, so that each of its loops goes round at least twice."""
-    conv = [cases.Conv((2, 9, 24, 24), 3), cases.Conv((2, 9, 24, 24), 3, ceil_mode=True, pool=(3, 3))]
+    conv = [
+        cases.Conv((2, 9, 24, 24), 3),
+        cases.Conv((1, 9, 24, 24), 3, activation="silu"),
+        cases.Conv((2, 9, 24, 24), 3, ceil_mode=True, pool=(3, 3)),
+    ]
     for case in conv:
         x, weight, bias, grad_y = case.draw(cases.small_integers)
         cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, grad_y)
@@ -141,6 +172,19 @@ def test_every_barrier_is_needed(library, ops):
 @pytest.mark.parametrize("case", cases.CONVS.values(), ids=cases.CONVS)
 def test_conv_pool_exact_on_integers(ops, case, dtype):
     cases.check_conv_exact(ops, "cpu", case, dtype)
+
+
+@pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS)
+@pytest.mark.parametrize("case", cases.ACTIVATED.values(), ids=cases.ACTIVATED)
+def test_conv_pool_activations(ops, case, activation, dtype):
+    cases.check_conv_activation(ops, "cpu", replace(case, activation=activation), dtype)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", *cases.ACTIVATIONS])
+@pytest.mark.parametrize("case", [n for n, case in cases.ACTIVATED.items() if case.kind == "max"])
+def test_conv_pool_indices(ops, case, activation):
+    cases.check_conv_indices(ops, "cpu", replace(cases.ACTIVATED[case], activation=activation))
 
 
 @pytest.mark.parametrize("activation", ["relu", "none"])
@@ -190,11 +234,9 @@ def test_conv_pool_empty_batch(ops):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(activation="tanh"), "activation: the CUDA kernels cover 'relu' and 'none', got 'tanh'"),
-        (
-            dict(pool=(16, 16)),
-            "pool_size: the CUDA kernels cover windows of at most 254 positions, got 16x16",
-        ),
+        (dict(activation="tan"), "activation: expected 'none' or the name of an activation, got 'tan'"),
+        (dict(kind="min"), "pool: the CUDA kernels cover 'max' and 'avg', got 'min'"),
+        (dict(pool=(16, 16)), "pool_size: expected at most 255 positions, got 16x16"),
         (dict(padding=(-1, 0)), "padding: expected at least 0, got -1"),
         (dict(stride=(1, 0)), "stride: expected at least 1, got 0"),
         (dict(groups=2), "groups: expected a divisor of 3"),

@@ -1,6 +1,7 @@
 """The CUDA operators on a GPU, against plain PyTorch in float64 on the CPU. Skipped where there is no GPU."""
 
 import copy
+from dataclasses import replace
 
 import _cuda_cases as cases
 import pytest
@@ -47,6 +48,19 @@ def test_conv_pool_exact_on_integers(ops, case, dtype):
 def test_conv_pool_large(ops, case):
     """Integers whose every sum is exact in float32: equal at any summation order."""
     cases.check_conv_exact(ops, "cuda", case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS)
+@pytest.mark.parametrize("case", cases.ACTIVATED.values(), ids=cases.ACTIVATED)
+def test_conv_pool_activations(ops, case, activation, dtype):
+    cases.check_conv_activation(ops, "cuda", replace(case, activation=activation), dtype)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", *cases.ACTIVATIONS])
+@pytest.mark.parametrize("case", [n for n, case in cases.ACTIVATED.items() if case.kind == "max"])
+def test_conv_pool_indices(ops, case, activation):
+    cases.check_conv_indices(ops, "cuda", replace(cases.ACTIVATED[case], activation=activation))
 
 
 @pytest.mark.parametrize("activation", ["relu", "none"])

@@ -111,7 +111,7 @@ def conv_pool2d(
     uncovered = (
         uneven
         or _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size)
-        or (return_indices and _indices_uncovered(activation))
+        or (return_indices and _indices_uncovered(x.device, activation))
     )
     if not use_compiled("conv_pool2d", x, uncovered):
         return reference.conv_pool2d(
@@ -190,13 +190,11 @@ def conv_pool1d(
 def _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
     """Why the kernels do not serve this configuration, or None. conv: stride, padding, dilation, groups."""
     stride, padding, dilation, groups = conv
+    if activation not in ACTIVATION_GRADIENTS:
+        return f"no kernel for activation={activation!r}"
     if x.device.type != "cpu":  # the other kernels: of CUDA
         if pool != "max":
-            return f"no kernel for pool={pool!r} on {x.device.type}"
-        if activation not in ("relu", "none"):
-            return f"no kernel for activation={activation!r} on {x.device.type}"
-    elif activation not in ACTIVATION_GRADIENTS:
-        return f"no kernel for activation={activation!r}"
+            return _dense_uncovered_on_cuda(weight, stride, dilation, groups, pool)
     elif pool != "max" and not winograd_serves(x, weight, stride, dilation, groups):
         # Where every position of the map has a gradient, the direct kernels are slower than torch's; with
         # one channel, of which torch's are slow, an average pool is faster all the same.
@@ -214,8 +212,17 @@ def _conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
     return None
 
 
-def _indices_uncovered(activation):
-    """The kernels pool before an activation that never falls: where it is flat, torch's winner is another."""
-    if activation in ("relu6", "tanh", "sigmoid", "elu"):
+def _dense_uncovered_on_cuda(weight, stride, dilation, groups, pool):
+    """Without a max pool every position of the map has a gradient, and the map itself is wanted: what the
+    kernels may save is little. They serve what they are tuned for."""
+    if tuple(weight.shape[2:]) == (3, 3) and tuple(stride) == tuple(dilation) == (1, 1) and groups == 1:
+        return None
+    return f"pool={pool!r} has a CUDA kernel only for 3x3 and stride 1"
+
+
+def _indices_uncovered(device, activation):
+    """On the CPU the pool comes before an activation that never falls: where it is flat, torch's winner is
+    another. On CUDA positions compete by their activated values, as torch's."""
+    if device.type == "cpu" and activation in ("relu6", "tanh", "sigmoid", "elu"):
         return f"no kernel for return_indices with activation={activation!r}, which is flat for large values"
     return None

@@ -21,10 +21,11 @@ KERNELS = [
     "cuda/rnn_kernels.cu",
     "cuda/rnn_tensor_forward_kernels.cu",
     "cuda/rnn_tensor_backward_kernels.cu",
-    "tests/cuda_emulation/planted_bugs.cu",
 ]
+KERNELS += [f"tests/cuda_emulation/{name}.cu" for name in ("fragments", "planted_bugs")]
 EMULATOR = [
-    f"tests/cuda_emulation/{name}.cpp" for name in ("emulator", "collectives", "memory_checks", "operators")
+    f"tests/cuda_emulation/{name}.cpp"
+    for name in ("async_copies", "collectives", "emulator", "memory_checks", "operators", "tensor_cores")
 ]
 
 

@@ -1,9 +1,5 @@
-// Asynchronous barriers, flags, and the collectives of a warp.
+// Asynchronous barriers, flags and shuffles.
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <cstring>
 #include <map>
 
 #include "internal.h"
@@ -33,19 +29,6 @@ void complete_if_all_arrived(const void* barrier, Arrivals& a) {
   a.pending = a.expected;
   ++a.phase;
   wake(barrier);
-}
-
-// Element `index` of a register of two halves, or of one float.
-float element_of(Element element, uint32_t bits, unsigned index) {
-  if (element == Element::kTf32) {
-    bits &= ~uint32_t{0x1fff};  // the unit ignores these
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-  const auto half = static_cast<uint16_t>(bits >> (16 * index));
-  return element == Element::kHalf ? float(c10::Half(half, c10::Half::from_bits()))
-                                   : float(c10::BFloat16(half, c10::BFloat16::from_bits()));
 }
 
 }  // namespace
@@ -96,28 +79,18 @@ void signals_wait(const unsigned* flag, unsigned count, Site place) {
   acquire(flags[flag]);
 }
 
-uint32_t shuffle(uint32_t value, unsigned lane) {
-  uint32_t got = 0;
-  with_registers(&value, nullptr, "shuffle", [&] { got = *registers_of(lane, 0); });
-  return got;
-}
-
-// a: rows g and g + 8, where g = lane / 4, q = lane % 4: registers 0 and 1 hold the columns that start at q,
-// registers 2 and 3 those at q + 4, counted in registers. b: column g, the rows likewise. Accumulators: rows
-// g and g + 8, columns 2 * q and 2 * q + 1.
-void mma(Element element, float* accumulators, const uint32_t* a, const uint32_t* b) {
-  const unsigned g = own_lane() / 4, q = own_lane() % 4, each = element == Element::kTf32 ? 1 : 2;
-  with_registers(a, b, "mma", [&] {
-    for (unsigned i = 0; i < 4; ++i) {
-      const unsigned column = 2 * q + i % 2;
-      for (unsigned k = 0; k < 8 * each; ++k) {
-        const unsigned at = k / each % 4, high = k / each / 4;  // lane within four, register
-        const uint32_t row = registers_of(4 * g + at, 0)[i / 2 + 2 * high];
-        const uint32_t col = registers_of(4 * column + at, 1)[high];
-        accumulators[i] += element_of(element, row, k % each) * element_of(element, col, k % each);
-      }
+uint32_t shuffle(Site site, uint32_t value, unsigned lane) {
+  struct Operand {
+    uint32_t value, got;
+    unsigned lane;
+  } operand{value, 0, lane};
+  exchange(site, &operand, [](void* const* operands) {
+    for (int i = 0; i < 32; ++i) {
+      auto& mine = *static_cast<Operand*>(operands[i]);
+      mine.got = static_cast<const Operand*>(operands[mine.lane])->value;
     }
   });
+  return operand.got;
 }
 
 }  // namespace emulator

@@ -37,9 +37,9 @@ struct Task : Fiber {
   bool begun = false;
   const void* object = nullptr;  // of a wait: an asynchronous barrier or a flag, else the threads of `scope`
   Scope scope = kWarp;
-  std::string site;
+  Site site{"", 0};
   Epoch epoch;
-  const void* posted[2] = {nullptr, nullptr};  // registers that the warp's other lanes may read
+  void* operand = nullptr;  // of the exchange it waits in
 };
 
 std::mt19937 random_source(0);
@@ -85,6 +85,8 @@ std::string site_name(Site site) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line);
 }
 
+bool is_same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
 const char* scope_name(Scope scope) {
   return scope == kWarp ? "warp" : scope == kPair ? "pair" : scope == kBlock ? "block" : "cluster";
 }
@@ -96,7 +98,7 @@ std::string describe_stall() {
   std::map<std::string, unsigned> waiting;
   unsigned done = 0;
   for (const Task& task : tasks) {
-    if (task.state == State::kWaiting) ++waiting[task.site];
+    if (task.state == State::kWaiting) ++waiting[site_name(task.site)];
     done += task.state == State::kDone;
   }
   for (const auto& [site, count] : waiting)
@@ -146,6 +148,7 @@ void run_gang(unsigned gang, size_t shared_bytes) {
   for (size_t warp = 0; warp < clocks.size(); ++warp) clocks[warp][warp] = 1;
   pushed_times.assign(clocks.size(), 1);
   forget_objects();
+  forget_copies();
   set_fibers(tasks.data(), tasks.size() * sizeof(Task));
   if (stack_count < count) {
     stacks.reset(new unsigned char[count * kStackBytes]);  // not value-initialised: most is never touched
@@ -175,7 +178,7 @@ void run_gang(unsigned gang, size_t shared_bytes) {
 }
 
 // Waits until the last thread of the scope has arrived. True for that one.
-bool meet(Scope scope, const std::string& site) {
+bool meet(Scope scope, Site site) {
   Task& self = running();
   self.scope = scope;
   self.object = nullptr;
@@ -186,9 +189,10 @@ bool meet(Scope scope, const std::string& site) {
   for (unsigned i = begin; i < end; ++i) {
     const Task& task = tasks[i];
     if (task.state != State::kWaiting || task.object) continue;
-    if (task.scope == scope && task.site != site) {
+    if (task.scope == scope && !is_same(task.site, site)) {
       std::ostringstream text;
-      text << "divergent " << scope_name(scope) << " barriers: " << task.site << " and " << site;
+      text << "divergent " << scope_name(scope) << " barriers: " << site_name(task.site) << " and "
+           << site_name(site);
       fail(text.str());
     }
     arrived += task.scope == scope;
@@ -202,8 +206,6 @@ bool meet(Scope scope, const std::string& site) {
 }
 
 }  // namespace
-
-unsigned own_lane() { return running().thread.x % kWarpSize; }
 
 void join(Clock& into, const Clock& from) {
   into.resize(2 * clocks.size(), 0);
@@ -219,7 +221,7 @@ void acquire(const Clock& from) { join(clocks[running().epoch.warp], from); }
 
 void write_by_push(void* place, const void* value, size_t bytes, Clock& to) {
   pushing = true;
-  access(place, bytes, true);
+  check_write(place, bytes);
   pushing = false;
   std::memcpy(place, value, bytes);
   Clock pushed(2 * clocks.size(), 0);
@@ -232,7 +234,7 @@ void wait_until(const void* object, Site place, const std::function<bool()>& don
   while (!done()) {
     self.state = State::kWaiting;
     self.object = object;
-    self.site = site_name(place);
+    self.site = place;
     leave();
   }
 }
@@ -248,17 +250,14 @@ bool is_dropped(Site place) {
   return dropped_sites.count(site) > 0;
 }
 
-void with_registers(const void* first, const void* second, const char* what,
-                    const std::function<void()>& read) {
-  Task& self = running();
-  self.posted[0] = first, self.posted[1] = second;
-  meet(kWarp, what);
-  read();
-  meet(kWarp, what);
-}
-
-const uint32_t* registers_of(unsigned lane, int which) {
-  return static_cast<const uint32_t*>((&tasks[group_of(running(), kWarp).first])[lane].posted[which]);
+void exchange(Site place, void* operand, void (*action)(void* const* operands)) {
+  running().operand = operand;
+  if (!meet(kWarp, place)) return;
+  const auto [begin, end] = group_of(running(), kWarp);
+  if (end - begin < kWarpSize) fail("an instruction of a whole warp in half a one");
+  void* operands[kWarpSize];
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) operands[lane] = tasks[begin + lane].operand;
+  action(operands);
 }
 
 Epoch current_epoch() {
@@ -312,7 +311,7 @@ void fail(const std::string& message) {
 
 void rendezvous(Scope scope, Site place) {
   if (is_dropped(place)) return;
-  if (!meet(scope, site_name(place))) return;
+  if (!meet(scope, place)) return;
   const auto [begin, end] = group_of(running(), scope);
   Clock joined(2 * clocks.size(), 0);
   for (unsigned i = begin; i < end; i += kWarpSize) join(joined, clocks[tasks[i].epoch.warp]);

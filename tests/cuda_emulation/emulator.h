@@ -12,9 +12,10 @@
 //   uninitialised   shared memory read before any thread wrote it (it is also filled with 0xFF, a NaN)
 //   lifetime        another block's shared memory before it has begun or after it has returned
 //   alignment       of the wide accesses that go through pack_at()
-// and barriers for deadlock, early exit and divergence (threads of one group at different barriers).
+// Asynchronous copies land as late as they may, and matrix instructions of a warp order nothing.
+// Barriers are checked for deadlock, early exit and divergence (threads of one group at different barriers).
 // Not modelled: warps in lockstep (more orders are tried than a GPU has), resource limits, memory fences
-// weaker than a barrier, approximate instructions, timing.
+// weaker than a barrier, approximate instructions, the order of sums within a matrix instruction, timing.
 #pragma once
 
 #include <cstddef>
@@ -64,10 +65,21 @@ void push(void* place, const void* value, size_t bytes, void* barrier);  // in a
 void signal(unsigned* flag);
 void signals_wait(const unsigned* flag, unsigned count, Site site);
 
-// ---- the collectives of primitives_mma.cuh: all lanes of a warp meet, and no memory is ordered by it ----
-uint32_t shuffle(uint32_t value, unsigned lane);
+// A warp's instruction: when all lanes are here, `action` gets what each of them passed, in lane order, and
+// may write to it. Orders no memory accesses.
+void exchange(Site site, void* operand, void (*action)(void* const* operands));
+
+uint32_t shuffle(Site site, uint32_t value, unsigned lane);
+
+// cp.async. The bytes land only when waited for; until then the place holds NaN and counts as never written.
+void async_copy(void* to, const void* from, size_t bytes, bool zeros);
+void async_commit();
+void async_wait(int groups_left);  // all but the last so many committed groups have landed
+
+// Matrix instructions, in tensor_cores.cpp. Operands in registers as the PTX manual lays them out.
 enum class Element { kHalf, kBFloat16, kTf32 };
-void mma(Element element, float* accumulators, const uint32_t* a, const uint32_t* b);
+void mma(Site site, Element element, float* d, const uint32_t* a, const uint32_t* b);
+void load_matrices(Site site, uint32_t* registers, const void* row, bool transposed);
 
 // Tells the bounds check that kernels may touch [data, data + bytes), whose elements have `element` bytes.
 // forget_memory() ends all of them.

@@ -22,9 +22,6 @@ struct Epoch {
 Epoch current_epoch();
 bool happened_before_now(const Epoch& earlier);  // this moment being the running thread's
 
-// The check of an access, as for every load and store of a kernel.
-void access(const void* pointer, size_t bytes, bool write);
-
 // The times that a warp, or an object that is waited for, knows to be over: of each warp of the gang, and
 // behind them of what each warp has pushed, which is not ordered with what the warp itself does.
 using Clock = std::vector<uint32_t>;
@@ -32,7 +29,6 @@ void join(Clock& into, const Clock& from);
 void release(Clock& to);          // what the running warp has done is over for whoever acquires `to`
 void acquire(const Clock& from);  // by the running warp
 
-unsigned own_lane();
 // Writes, checked, and joins the write's time into `to`.
 void write_by_push(void* place, const void* value, size_t bytes, Clock& to);
 // Waits until done() for an object that others change, and then wake().
@@ -40,14 +36,17 @@ void wait_until(const void* object, Site place, const std::function<bool()>& don
 void wake(const void* object);
 // Whether the collective at this place is to do nothing.
 bool is_dropped(Site place);
-// Registers of every lane of the warp, for the time of `read`.
-void with_registers(const void* first, const void* second, const char* what,
-                    const std::function<void()>& read);
-const uint32_t* registers_of(unsigned lane, int which);
 void forget_objects();  // the barriers and flags of the last gang
+void forget_copies();   // those that its threads have begun
 
 // Records a violation and ends the launch; the calling fiber never runs again.
 void fail(const std::string& message);
+
+// The checks of an access by the calling fiber that the compiler does not see. A write that has begun leaves
+// its place as if never written.
+void check_read(const void* place, size_t bytes);
+void check_write(const void* place, size_t bytes);
+void check_write_begun(const void* place, size_t bytes);
 
 // Where the fibers' own threadIdx, blockIdx, ... are.
 void set_fibers(const void* begin, size_t bytes);

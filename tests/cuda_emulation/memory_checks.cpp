@@ -119,9 +119,10 @@ void note_write(Cell& cell, const Epoch& now, uintptr_t address) {
   cell.reads = 0;
 }
 
-}  // namespace
+enum class Access { kRead, kWrite, kWriteBegun };
 
-void access(const void* pointer, size_t bytes, bool write) {
+void access(const void* pointer, size_t bytes, Access kind) {
+  const bool write = kind != Access::kRead;
   if (current == nullptr) return;  // host code around the launch
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   if (stack.holds(address, bytes)) return;
@@ -148,11 +149,18 @@ void access(const void* pointer, size_t bytes, bool write) {
     cell.owner = first_block + rank;
     if (write) {
       note_write(cell, now, at);
+      cell.written = kind == Access::kWrite;
     } else {
       note_read(cell, now, at, in_shared);
     }
   }
 }
+
+}  // namespace
+
+void check_read(const void* place, size_t bytes) { access(place, bytes, Access::kRead); }
+void check_write(const void* place, size_t bytes) { access(place, bytes, Access::kWrite); }
+void check_write_begun(const void* place, size_t bytes) { access(place, bytes, Access::kWriteBegun); }
 
 void set_fibers(const void* begin, size_t bytes) { fibers = make_range(begin, bytes); }
 void set_stack(const void* begin, size_t bytes) { stack = make_range(begin, bytes); }
@@ -186,19 +194,27 @@ void forget_memory() {
 }  // namespace emulator
 
 // ---- what the compiler calls ----
-#define CNNRNN_ACCESS(size)                                                                  \
-  extern "C" void __tsan_read##size(void* p) { emulator::access(p, size, false); }           \
-  extern "C" void __tsan_write##size(void* p) { emulator::access(p, size, true); }           \
-  extern "C" void __tsan_unaligned_read##size(void* p) { emulator::access(p, size, false); } \
-  extern "C" void __tsan_unaligned_write##size(void* p) { emulator::access(p, size, true); }
+#define CNNRNN_ACCESS(size)                                                                            \
+  extern "C" void __tsan_read##size(void* p) { emulator::access(p, size, emulator::Access::kRead); }   \
+  extern "C" void __tsan_write##size(void* p) { emulator::access(p, size, emulator::Access::kWrite); } \
+  extern "C" void __tsan_unaligned_read##size(void* p) {                                               \
+    emulator::access(p, size, emulator::Access::kRead);                                                \
+  }                                                                                                    \
+  extern "C" void __tsan_unaligned_write##size(void* p) {                                              \
+    emulator::access(p, size, emulator::Access::kWrite);                                               \
+  }
 CNNRNN_ACCESS(1)
 CNNRNN_ACCESS(2)
 CNNRNN_ACCESS(4)
 CNNRNN_ACCESS(8)
 CNNRNN_ACCESS(16)
 
-extern "C" void __tsan_read_range(void* p, size_t bytes) { emulator::access(p, bytes, false); }
-extern "C" void __tsan_write_range(void* p, size_t bytes) { emulator::access(p, bytes, true); }
+extern "C" void __tsan_read_range(void* p, size_t bytes) {
+  emulator::access(p, bytes, emulator::Access::kRead);
+}
+extern "C" void __tsan_write_range(void* p, size_t bytes) {
+  emulator::access(p, bytes, emulator::Access::kWrite);
+}
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}

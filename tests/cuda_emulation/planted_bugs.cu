@@ -126,6 +126,38 @@ __global__ void misaligned(int* data, bool sound) {
   if (threadIdx.x == 0) data[0] = pack_at<Pack<int, 4>>(data + (sound ? 4 : 1))->v[0];
 }
 
+// Copies that nobody waited for.
+__global__ void read_in_flight(int* data, bool sound) {
+  int* shared = shared_memory<int>();
+  if (threadIdx.x % 4 == 0) async_copy(shared + threadIdx.x, data + threadIdx.x, true);
+  async_commit();
+  if (sound) async_wait<0>();
+  block_barrier();
+  data[threadIdx.x] = shared[threadIdx.x];
+}
+
+// A copy into a place that others may still be reading.
+__global__ void overwrite_in_flight(int* data, bool sound) {
+  int* shared = shared_memory<int>();
+  shared[threadIdx.x] = data[threadIdx.x];
+  block_barrier();
+  data[threadIdx.x] = shared[(threadIdx.x + 32) % kThreads];
+  if (sound) block_barrier();
+  if (threadIdx.x % 4 == 0) async_copy(shared + threadIdx.x, data, false);
+  async_commit();
+  async_wait<0>();
+}
+
+// A warp's instruction is no barrier: what another lane wrote before it is not yet seen.
+__global__ void mma_orders_nothing(int* data, bool sound) {
+  int* shared = shared_memory<int>();
+  shared[threadIdx.x] = data[threadIdx.x];
+  if (sound) block_barrier();
+  float d[4] = {};
+  mma<Half>(d, {0, 0, 0, 0}, {0, 0});
+  data[threadIdx.x] = shared[threadIdx.x ^ 1];
+}
+
 std::string report;
 
 }  // namespace
@@ -150,6 +182,9 @@ extern "C" __attribute__((visibility("default"))) const char* run_planted(int wh
                         {cluster_swaps_early, 2, 2},
                         {cluster_returns_early, 2, 2},
                         {misaligned, 1, 1},
+                        {read_in_flight, 1, 1},
+                        {overwrite_in_flight, 1, 1},
+                        {mma_orders_nothing, 1, 1},
                         {pair_swaps, 1, 1},
                         {push_is_not_awaited, 2, 2},
                         {push_is_miscounted, 2, 2},
