@@ -52,7 +52,12 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 CPU_SOURCES = ["csrc/ops.cpp", "csrc/conv_pool_cpu.cpp", "csrc/rnn_cpu.cpp", "csrc/cpu/capability.cpp"]
 CUDA_HOST_SOURCES = ["cuda/conv_pool_cuda.cpp", "cuda/rnn_cuda.cpp"]
-CUDA_KERNEL_SOURCES = ["cuda/conv_pool_kernels.cu", "cuda/rnn_kernels.cu"]
+CUDA_KERNEL_SOURCES = [
+    "cuda/conv_pool_kernels.cu",
+    "cuda/rnn_kernels.cu",
+    "cuda/rnn_tensor_forward_kernels.cu",
+    "cuda/rnn_tensor_backward_kernels.cu",
+]
 INFO_SOURCES = ["csrc/module.cpp", "csrc/cpu/capability.cpp"]
 
 
@@ -259,7 +264,7 @@ class BuildLibraries(build_ext):
             # nvcc links, because it knows where its libraries are. cudart goes in statically: the library
             # brings its own and shares torch's driver context.
             ninja.rule("nvlink", f"{nvcc} -ccbin {cxx} -shared -cudart static $in -o $out $flags")
-            nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{ROOT}/csrc"]
+            nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", f"-I{ROOT}/csrc"]
             nvcc_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode_flags()]
             kernels = [ninja.compile("nvcc", s, "_ops_cuda", nvcc_flags) for s in CUDA_KERNEL_SOURCES]
             host_flags = [*ops_flags, f"-I{ROOT}/cuda"]

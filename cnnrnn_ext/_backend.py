@@ -92,6 +92,11 @@ def trace():
             _state.log = before
 
 
+def is_traced():
+    """Whether the running call is recorded, so that what a trace tells is worth finding out."""
+    return _state.log is not None and not torch.compiler.is_compiling()
+
+
 def in_function_transform():
     """Inside torch.func's grad, vmap and the like. A compiled graph has them resolved already."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
@@ -148,7 +153,7 @@ def use_compiled(op, tensor, uncovered=None, note=None):
         kernel, reason = _library.kernel_for(op, tensor.device.type, tensor.dtype)
     if kernel is None and mode == "compiled":
         raise RuntimeError(f'{op}: backend("compiled") was asked for, but there is no kernel: {reason}')
-    if _state.log is not None and not torch.compiler.is_compiling():
+    if is_traced():
         told = f"{kernel}, {note}" if kernel and note else kernel
         _state.log.append(Call(op, "compiled" if kernel else "reference", told, reason))
     return kernel is not None

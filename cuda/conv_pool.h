@@ -10,16 +10,24 @@ namespace cnnrnn::cuda {
 
 struct Size2 {
   int h, w;
+  friend constexpr bool operator==(Size2 a, Size2 b) { return a.h == b.h && a.w == b.w; }
 };
+
+enum class Activation { kNone, kRelu, kRelu6, kLeakyRelu, kTanh, kSigmoid, kElu, kSilu, kGelu };
+constexpr const char* kActivationNames[] = {"none",    "relu", "relu6", "leaky_relu", "tanh",
+                                            "sigmoid", "elu",  "silu",  "gelu"};
+
+// Whether it falls somewhere: its derivative does not follow from its value.
+constexpr bool falls(Activation a) { return a == Activation::kSilu || a == Activation::kGelu; }
 
 // y [n, k, out] = max_pool(activation(conv(x [n, c, in], weight [k, c/groups, kernel]) + bias [k]))
 struct ConvPoolShape {
   int n, c, k, groups;
   Size2 in, kernel, stride, padding, dilation;
-  Size2 conv;  // size of the map between convolution and pooling, which is never stored
+  Size2 conv;  // size of the map between convolution and pooling
   Size2 pool, pool_stride, pool_padding;
   Size2 out;
-  bool relu;
+  Activation activation;
 };
 
 // A tensor [N, C, H, W] of any strides (in elements).
@@ -30,19 +38,35 @@ struct Map {
 
 constexpr uint8_t kNoGradient = 255;  // a code: no position of this window has a gradient
 
-// code.data may be null: nothing is kept for a backward.
-void conv_pool_forward(DType, const ConvPoolShape&, Map x, const void* weight, const void* bias, Map y,
-                       Map code, void* stream);
+// What a forward writes, maps [n, k, out]. The data of code and kept may be null.
+struct ConvPoolResults {
+  Map y;
+  Map code;  // which position of its window won
+  Map kept;  // the winner before its activation
+};
 
-// grad_x is written whole.
-void conv_pool_grad_x(DType, const ConvPoolShape&, Map grad_y, Map code, const void* weight, Map grad_x,
+void conv_pool_forward(DType, const ConvPoolShape&, Map x, const void* weight, const void* bias,
+                       const ConvPoolResults&, void* stream);
+
+// grad [n, k, size]: grad_y times the derivative of the activation, from what its forward kept.
+void conv_pool_activation_gradient(DType, const ConvPoolShape&, Map grad_y, Map kept, Map grad, void* stream);
+
+// grad_x is written whole. grad [n, k, out], of the winners before their activation.
+void conv_pool_grad_x(DType, const ConvPoolShape&, Map grad, Map code, const void* weight, Map grad_x,
                       void* stream);
 
 // Elements (of double for kDouble, else of float) of the workspace of conv_pool_grad_weight.
 int64_t conv_pool_grad_weight_workspace(const ConvPoolShape&);
 
 // grad_weight [k, c/groups, kernel] and grad_bias [k]; either may be null.
-void conv_pool_grad_weight(DType, const ConvPoolShape&, Map grad_y, Map code, Map x, void* workspace,
+void conv_pool_grad_weight(DType, const ConvPoolShape&, Map grad, Map code, Map x, void* workspace,
                            void* grad_weight, void* grad_bias, void* stream);
+
+// Average pooling by itself: y [n, k, out] of the map [n, k, conv], activated first if its activation falls.
+// The divisor is torch's, which counts the pool's padding and no more.
+void conv_pool_average(DType, const ConvPoolShape&, Map map, Map y, void* stream);
+
+// grad_map [n, k, conv], before the activation. kept: the map; unused where there is no activation.
+void conv_pool_spread(DType, const ConvPoolShape&, Map grad_y, Map kept, Map grad_map, void* stream);
 
 }  // namespace cnnrnn::cuda

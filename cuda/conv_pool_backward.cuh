@@ -1,12 +1,14 @@
-// conv_pool backward: gradients from (grad_y, code). At most one position of a window has a gradient, so both
-// kernels walk over windows, not over the convolution's outputs: a quarter of the products for a 2x2 pool.
-// No atomics: every sum has one owner and a fixed order.
+// conv_pool backward: gradients from (grad, code), grad being that of the winners before their activation. At
+// most one position of a window has a gradient, so both kernels walk over windows, not over the convolution's
+// outputs: a quarter of the products for a 2x2 pool. No atomics: every sum has one owner and a fixed order.
 #pragma once
 
 #include "conv_pool_forward.cuh"
 
 namespace cnnrnn::cuda {
 namespace {
+
+inline bool is_3x3_pool2(const ConvPoolShape& s) { return is_3x3_in_blocks(s) && s.pool == Size2{2, 2}; }
 
 // The shape, with what is_3x3_pool2() promises known to the compiler where k3x3Pool2.
 template <bool k3x3Pool2>

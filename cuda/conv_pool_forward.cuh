@@ -1,40 +1,14 @@
-// conv_pool forward: direct convolution that keeps one accumulator per window position and pools in
-// registers.
+// conv_pool forward by direct convolution: one accumulator per window position, the pool in registers.
 #pragma once
 
-#include "conv_pool.h"
-#include "primitives.cuh"
+#include "conv_pool_windows.cuh"
 
 namespace cnnrnn::cuda {
 namespace {
 
-template <typename T>
-__device__ __forceinline__ T* at(const Map& map, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return static_cast<T*>(map.data) + (n * map.n + c * map.c + h * map.h + w * map.w);
-}
-
-// Running maximum of a window with torch's rules: the first of equals wins, and of several NaN the last.
-template <typename A>
-struct WindowMax {
-  A best;
-  int code;
-  __device__ __forceinline__ void start(A value, int position) {
-    best = value;
-    code = position;
-  }
-  __device__ __forceinline__ void add(A value, int position) {
-    if (value > best || value != value) start(value, position);
-  }
-  // max(relu(v)) = relu(max(v)). Where nothing is positive the gradient ends here, as in torch's
-  // threshold_backward; a NaN is not "<= 0": it keeps its value and its gradient.
-  __device__ __forceinline__ void finish(bool relu) {
-    if (relu && best <= A(0)) start(A(0), kNoGradient);
-  }
-};
-
-// ---- 3x3, stride 1, pool 2x2 ----
-// A block of 128 threads makes a tile of pooled outputs, kPairs threads wide; a thread makes two outputs
-// side by side in kOut channels: kOut * 2 * 4 accumulators, one for each convolution output.
+// ---- 3x3, stride 1, windows in 2x2 blocks ----
+// A block of 128 threads makes a tile of 2x2 blocks, kPairs threads wide; a thread makes two of them side by
+// side in kOut channels: kOut * 2 * 4 accumulators, one for each convolution output.
 constexpr int kTileThreads = 128;
 constexpr int kTileChannels = 4;  // input channels staged at a time
 
@@ -43,20 +17,21 @@ constexpr int kTileOut = sizeof(A) == 8 ? 4 : 8;
 
 template <int kPairs>
 struct Tile {
-  static constexpr int kRows = kTileThreads / kPairs, kCols = 2 * kPairs;  // pooled
+  static constexpr int kRows = kTileThreads / kPairs, kCols = 2 * kPairs;  // 2x2 blocks
   static constexpr int kInRows = 2 * kRows + 2, kInCols = 2 * kCols + 2;   // input, halo included
   static constexpr int kRowStride = 2 * kCols + 4;                         // keeps rows 16-byte aligned
   static constexpr int kInputs = kTileChannels * kInRows * kRowStride;
 };
 
 template <typename A, int kPairs>
-constexpr size_t tile_shared_bytes() {
-  return sizeof(A) * (Tile<kPairs>::kInputs + kTileChannels * 9 * kTileOut<A>);
+constexpr size_t tile_shared_bytes(Activation activation) {
+  constexpr int kOperands = Tile<kPairs>::kInputs + kTileChannels * 9 * kTileOut<A>;
+  return sizeof(A) * (has_keys(activation) ? std::max(kOperands, kTileOut<A> * 8 * kTileThreads) : kOperands);
 }
 
 template <typename T, int kPairs>
-__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 4)
-    conv3x3_pool2_forward(ConvPoolShape s, Map x, const T* weight, const T* bias, Map y, Map code) {
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 4 : 2)
+    conv3x3_forward(ConvPoolShape s, Map x, const T* weight, const T* bias, ConvPoolResults out) {
   using A = Accumulator<T>;
   using Tile = Tile<kPairs>;
   constexpr int kOut = kTileOut<A>;
@@ -64,7 +39,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 4)
   A* weights = inputs + Tile::kInputs;  // [kTileChannels][9][kOut]
 
   const int tid = threadIdx.x;
-  const int tiles_x = ceil_div(s.out.w, Tile::kCols), tiles_y = ceil_div(s.out.h, Tile::kRows);
+  const int tiles_x = ceil_div(blocks_of(s).w, Tile::kCols), tiles_y = ceil_div(blocks_of(s).h, Tile::kRows);
   const int tile_x = blockIdx.x % tiles_x, tile_y = blockIdx.x / tiles_x % tiles_y;
   const int64_t n = blockIdx.x / tiles_x / tiles_y;
   const int channels = s.c / s.groups, outputs = s.k / s.groups;
@@ -75,11 +50,9 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 4)
   const int in_y = 2 * tile_y * Tile::kRows - s.padding.h, in_x = 2 * tile_x * Tile::kCols - s.padding.w;
   const int row = tid / kPairs, pair = tid % kPairs;
 
-  A sum[kOut][2][4];  // [channel][dy][column of the two windows]
+  A sum[kOut * 8];  // [channel][dy][column of the two blocks]
 #pragma unroll
-  for (int k = 0; k < kOut; ++k)
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[k][i / 4][i % 4] = A(0);
+  for (int i = 0; i < kOut * 8; ++i) sum[i] = A(0);
 
   for (int c_begin = 0; c_begin < channels; c_begin += kTileChannels) {
     const int c_count = min(kTileChannels, channels - c_begin);
@@ -113,29 +86,39 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 4)
 #pragma unroll
         for (int k = 0; k < kOut; ++k)
 #pragma unroll
-          for (int i = 0; i < 8; ++i) sum[k][i / 4][i % 4] += w.v[k] * in[i / 4 + tap / 3][i % 4 + tap % 3];
+          for (int i = 0; i < 8; ++i) sum[k * 8 + i] += w.v[k] * in[i / 4 + tap / 3][i % 4 + tap % 3];
       }
     }
   }
 
-  const int out_h = tile_y * Tile::kRows + row, out_w = tile_x * Tile::kCols + 2 * pair;
-  if (out_h >= s.out.h) return;
 #pragma unroll
-  for (int k = 0; k < kOut; ++k) {
-    if (k >= k_count) continue;
-    const A b = bias ? widen(bias[k_begin + k]) : A(0);
-#pragma unroll
-    for (int p = 0; p < 2; ++p) {
-      if (out_w + p >= s.out.w) continue;
-      WindowMax<A> window;
-      window.start(sum[k][0][2 * p] + b, 0);
-#pragma unroll
-      for (int i = 1; i < 4; ++i) window.add(sum[k][i / 2][2 * p + i % 2] + b, i);
-      window.finish(s.relu);
-      *at<T>(y, n, k_begin + k, out_h, out_w + p) = narrow_to<T>(window.best);
-      if (code.data) *at<uint8_t>(code, n, k_begin + k, out_h, out_w + p) = static_cast<uint8_t>(window.code);
-    }
+  for (int i = 0; i < kOut * 8; ++i) sum[i] += bias && i / 8 < k_count ? widen(bias[k_begin + i / 8]) : A(0);
+  A* keys = shared_memory<A>() + tid;
+  if (has_keys(s.activation)) {
+    block_barrier();  // the operands have been read
+    compute_keys(s.activation, sum, keys, kTileThreads);
   }
+  const int block_y = tile_y * Tile::kRows + row, block_x = tile_x * Tile::kCols + 2 * pair;
+  with_block_windows(s.pool, [&](auto windows) {
+    using Windows = decltype(windows);
+#pragma unroll
+    for (int k = 0; k < kOut; ++k) {
+#pragma unroll
+      for (int i = 0; i < 2 * Windows::kCount; ++i) {
+        const int window = i % Windows::kCount, block = i / Windows::kCount;
+        const int h = block_y * Windows::kDown + window / Windows::kAcross;
+        const int w = (block_x + block) * Windows::kAcross + window % Windows::kAcross;
+        if (k >= k_count || h >= s.out.h || w >= s.out.w) continue;
+        const auto place = [&](int dy, int dx) { return k * 8 + dy * 4 + 2 * block + dx; };
+        const auto value = [&](int dy, int dx) { return sum[place(dy, dx)]; };
+        const auto key = [&](int dy, int dx) {
+          return has_keys(s.activation) ? keys[place(dy, dx) * kTileThreads] : value(dy, dx);
+        };
+        Windows::template winner<A>(s, window, block_y, block_x + block, key, value)
+            .template store<T>(out, n, k_begin + k, h, w);
+      }
+    }
+  });
 }
 
 // ---- any shape ----
@@ -143,8 +126,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 8 ? 2 : 4)
 constexpr int kGeneralThreads = 128, kGeneralOut = 4;
 
 template <typename T>
-__global__ void __launch_bounds__(kGeneralThreads)
-    conv_pool_forward_general(ConvPoolShape s, Map x, const T* weight, const T* bias, Map y, Map code) {
+__global__ void __launch_bounds__(kGeneralThreads, 4)
+    conv_pool_forward_general(ConvPoolShape s, Map x, const T* weight, const T* bias, ConvPoolResults out) {
   using A = Accumulator<T>;
   constexpr int kOut = kGeneralOut;
   const int64_t index = int64_t(blockIdx.x) * kGeneralThreads + threadIdx.x;
@@ -182,60 +165,54 @@ __global__ void __launch_bounds__(kGeneralThreads)
 #pragma unroll
     for (int k = 0; k < kOut; ++k) {
       const A value = sum[k] + (bias && k < k_count ? widen(bias[k_begin + k]) : A(0));
-      if (first) window[k].start(value, position);
-      if (!first) window[k].add(value, position);
+      const A key = has_keys(s.activation) ? activate(s.activation, value) : value;
+      if (first) window[k].start(key, value, position);
+      if (!first) window[k].add(key, value, position);
     }
     first = false;
   }
 #pragma unroll
   for (int k = 0; k < kOut; ++k) {
     if (k >= k_count) continue;
-    window[k].finish(s.relu);
-    *at<T>(y, n, k_begin + k, out_h, out_w) = narrow_to<T>(window[k].best);
-    if (code.data) *at<uint8_t>(code, n, k_begin + k, out_h, out_w) = static_cast<uint8_t>(window[k].code);
+    window[k].finish(s.activation == Activation::kRelu);
+    window[k].template store<T>(out, n, k_begin + k, out_h, out_w);
   }
 }
 
 // ---- launchers ----
-inline bool is_3x3_pool2(const ConvPoolShape& s) {
-  const auto is = [](Size2 size, int value) { return size.h == value && size.w == value; };
-  return is(s.kernel, 3) && is(s.stride, 1) && is(s.dilation, 1) && is(s.pool, 2) && is(s.pool_stride, 2) &&
-         is(s.pool_padding, 0) && 2 * s.out.h <= s.conv.h && 2 * s.out.w <= s.conv.w;
-}
-
 template <typename T, int kPairs>
-void launch_3x3_pool2(const ConvPoolShape& s, Map x, const T* weight, const T* bias, Map y, Map code,
-                      void* stream) {
+void launch_3x3(const ConvPoolShape& s, Map x, const T* weight, const T* bias, const ConvPoolResults& out,
+                void* stream) {
   using A = Accumulator<T>;
-  const int64_t blocks =
-      int64_t(s.n) * ceil_div(s.out.h, Tile<kPairs>::kRows) * ceil_div(s.out.w, Tile<kPairs>::kCols);
+  const int64_t blocks = int64_t(s.n) * ceil_div(blocks_of(s).h, Tile<kPairs>::kRows) *
+                         ceil_div(blocks_of(s).w, Tile<kPairs>::kCols);
   const int tiles_k = s.groups * ceil_div(s.k / s.groups, kTileOut<A>);
-  launch(conv3x3_pool2_forward<T, kPairs>, dim3(grid_size(blocks), tiles_k), kTileThreads,
-         tile_shared_bytes<A, kPairs>(), stream, s, x, weight, bias, y, code);
+  launch(conv3x3_forward<T, kPairs>, dim3(grid_size(blocks), tiles_k), kTileThreads,
+         tile_shared_bytes<A, kPairs>(s.activation), stream, s, x, weight, bias, out);
 }
 
 template <typename T>
-void forward(const ConvPoolShape& s, Map x, const void* weight_data, const void* bias_data, Map y, Map code,
-             void* stream) {
+void forward(const ConvPoolShape& s, Map x, const void* weight_data, const void* bias_data,
+             const ConvPoolResults& out, void* stream) {
   const T *weight = static_cast<const T*>(weight_data), *bias = static_cast<const T*>(bias_data);
-  if (!is_3x3_pool2(s)) {
+  if (!is_3x3_in_blocks(s)) {
     const int64_t blocks = ceil_div(int64_t(s.n) * s.out.h * s.out.w, int64_t(kGeneralThreads));
     const int tiles_k = s.groups * ceil_div(s.k / s.groups, kGeneralOut);
     launch(conv_pool_forward_general<T>, dim3(grid_size(blocks), tiles_k), kGeneralThreads, 0, stream, s, x,
-           weight, bias, y, code);
+           weight, bias, out);
     return;
   }
   // The tile shape that computes the fewest outputs outside the map.
   const auto covered = [&](int pairs) {
-    return ceil_div(s.out.w, 2 * pairs) * 2 * pairs * ceil_div(s.out.h, kTileThreads / pairs) *
+    return ceil_div(blocks_of(s).w, 2 * pairs) * 2 * pairs * ceil_div(blocks_of(s).h, kTileThreads / pairs) *
            (kTileThreads / pairs);
   };
   if (covered(16) <= covered(8) && covered(16) <= covered(4)) {
-    launch_3x3_pool2<T, 16>(s, x, weight, bias, y, code, stream);
+    launch_3x3<T, 16>(s, x, weight, bias, out, stream);
   } else if (covered(8) <= covered(4)) {
-    launch_3x3_pool2<T, 8>(s, x, weight, bias, y, code, stream);
+    launch_3x3<T, 8>(s, x, weight, bias, out, stream);
   } else {
-    launch_3x3_pool2<T, 4>(s, x, weight, bias, y, code, stream);
+    launch_3x3<T, 4>(s, x, weight, bias, out, stream);
   }
 }
 

@@ -66,9 +66,11 @@ inline void announce(const Tensor& t) {
   int64_t bytes = 1;
   switch (t.scalar_type()) {
     case ScalarType::Double:
+    case ScalarType::Long:
       bytes = 8;
       break;
     case ScalarType::Float:
+    case ScalarType::Int:
       bytes = 4;
       break;
     case ScalarType::Half:

@@ -36,6 +36,11 @@ __device__ __forceinline__ T narrow_to(float v) {
 // All threads of the block meet; what they wrote before is seen by all after.
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
+// The same for two neighbouring warps, 2 * i and 2 * i + 1, of a block of at most 30.
+__device__ __forceinline__ void pair_barrier() {
+  asm volatile("bar.sync %0, 64;" ::"r"(1 + threadIdx.x / 64) : "memory");
+}
+
 // The block's dynamic shared memory, 16-byte aligned. Kernels carve all they need from it.
 template <typename T>
 __device__ __forceinline__ T* shared_memory() {
@@ -93,10 +98,10 @@ void allow_shared_memory(void (*kernel)(Params...), size_t bytes) {
       "shared memory of a kernel");
 }
 
-struct ClusterLaunch {
+struct LaunchConfig {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attribute{};
-  ClusterLaunch(dim3 grid, unsigned blocks, unsigned threads, size_t shared_bytes, void* stream) {
+  LaunchConfig(dim3 grid, unsigned blocks, unsigned threads, size_t shared_bytes, void* stream) {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = blocks;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
@@ -107,8 +112,20 @@ struct ClusterLaunch {
     config.attrs = &attribute;
     config.numAttrs = blocks > 1 ? 1 : 0;
   }
-  ClusterLaunch(const ClusterLaunch&) = delete;
+  void cooperate() {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
 };
+
+template <typename... Params>
+void allow_large_clusters(void (*kernel)(Params...), unsigned blocks) {
+  if (blocks <= 8) return;  // what every device with clusters has
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+             "cluster of more than 8 blocks");
+}
 
 // Whether the current device can run the kernel in clusters of so many blocks.
 template <typename... Params>
@@ -118,8 +135,12 @@ bool clusters_fit(void (*kernel)(Params...), unsigned blocks, unsigned threads, 
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
   if (major < 9) return false;
   allow_shared_memory(kernel, shared_bytes);
-  const ClusterLaunch launch(dim3(blocks), blocks, threads, shared_bytes, nullptr);
-  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config), "occupancy of a cluster");
+  allow_large_clusters(kernel, blocks);
+  const LaunchConfig launch(dim3(blocks), blocks, threads, shared_bytes, nullptr);
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) {
+    cudaGetLastError();  // a size that the device does not know is one that does not fit
+    return false;
+  }
   return clusters > 0;
 }
 
@@ -129,7 +150,30 @@ template <typename... Params, typename... Args>
 void launch_clusters(void (*kernel)(Params...), dim3 grid, unsigned blocks, unsigned threads,
                      size_t shared_bytes, void* stream, Args... args) {
   allow_shared_memory(kernel, shared_bytes);
-  const ClusterLaunch launch(grid, blocks, threads, shared_bytes, stream);
+  allow_large_clusters(kernel, blocks);
+  const LaunchConfig launch(grid, blocks, threads, shared_bytes, stream);
+  check_cuda(cudaLaunchKernelEx(&launch.config, kernel, static_cast<Params>(args)...), "kernel launch");
+}
+
+// How many blocks of the kernel the current device runs at once.
+template <typename... Params>
+unsigned blocks_at_once(void (*kernel)(Params...), unsigned threads, size_t shared_bytes) {
+  int device = 0, processors = 0, blocks = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "processor count");
+  allow_shared_memory(kernel, shared_bytes);
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes),
+             "occupancy of a block");
+  return static_cast<unsigned>(blocks * processors);
+}
+
+// As launch(); all blocks run at once, so that they may wait for each other.
+template <typename... Params, typename... Args>
+void launch_together(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes,
+                     void* stream, Args... args) {
+  allow_shared_memory(kernel, shared_bytes);
+  LaunchConfig launch(grid, 1, threads, shared_bytes, stream);
+  launch.cooperate();
   check_cuda(cudaLaunchKernelEx(&launch.config, kernel, static_cast<Params>(args)...), "kernel launch");
 }
 
@@ -179,6 +223,10 @@ inline void block_barrier(const char* file = __builtin_FILE(), int line = __buil
   emulator::rendezvous(emulator::kBlock, {file, line});
 }
 
+inline void pair_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::rendezvous(emulator::kPair, {file, line});
+}
+
 template <typename T>
 T* shared_memory() {
   return reinterpret_cast<T*>(emulator::current->shared);
@@ -204,15 +252,29 @@ V* in_block_of_cluster(V* place, unsigned rank) {
 inline size_t shared_memory_limit() { return emulator::device.shared_bytes; }
 
 template <typename Kernel>
-bool clusters_fit(Kernel, unsigned, unsigned, size_t) {
-  return emulator::device.clusters;
+bool clusters_fit(Kernel, unsigned blocks, unsigned, size_t) {
+  return blocks <= emulator::device.cluster_blocks;
+}
+
+template <typename Kernel>
+unsigned blocks_at_once(Kernel, unsigned, size_t) {
+  return emulator::device.blocks;
 }
 
 template <typename... Params, typename... Args>
 void launch_clusters(void (*kernel)(Params...), dim3 grid, unsigned blocks, unsigned threads,
                      size_t shared_bytes, void*, Args... args) {
   const std::tuple<Params...> params(static_cast<Params>(args)...);
-  emulator::run({grid.x, grid.y, grid.z}, blocks, threads, shared_bytes, [&] { std::apply(kernel, params); });
+  emulator::run({grid.x, grid.y, grid.z}, blocks, false, threads, shared_bytes,
+                [&] { std::apply(kernel, params); });
+}
+
+template <typename... Params, typename... Args>
+void launch_together(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes, void*,
+                     Args... args) {
+  const std::tuple<Params...> params(static_cast<Params>(args)...);
+  emulator::run({grid.x, grid.y, grid.z}, 1, true, threads, shared_bytes,
+                [&] { std::apply(kernel, params); });
 }
 
 template <typename P, typename T>
@@ -246,9 +308,11 @@ struct AccumulatorOf<double> {
 template <typename T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-// A few scalars that move as one aligned load or store.
+// A few scalars that move as one aligned load or store, or as few as their bytes allow.
 template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {
+constexpr size_t kPackAlignment = std::min<size_t>(16, sizeof(T) * kCount & ~(sizeof(T) * kCount - 1));
+template <typename T, int kCount>
+struct alignas(kPackAlignment<T, kCount>) Pack {
   T v[kCount];
 };
 

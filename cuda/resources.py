@@ -46,7 +46,8 @@ def parse(log):
 def compile_log(nvcc, source, arch):
     """What ptxas says while it compiles one source for one architecture."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
+        command = [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch=sm_{arch}"]
+        command += ["-Xptxas", "-v"]
         command += [f"-I{FOLDER}", f"-I{FOLDER.parent / 'csrc'}", str(source), "-o", f"{folder}/out.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

@@ -1,8 +1,10 @@
-// Entry points of the recurrent kernels: element type and schedule are chosen here.
+// Entry points of the recurrent kernels: cell, element type and schedule are chosen here.
 
-#include "lstm_cell.cuh"
-#include "lstm_resident.cuh"
-#include "lstm_step.cuh"
+#include "rnn_cell.cuh"
+#include "rnn_resident.cuh"
+#include "rnn_rows.cuh"
+#include "rnn_step.cuh"
+#include "rnn_tensor.h"
 
 namespace cnnrnn::cuda {
 namespace {
@@ -10,36 +12,139 @@ namespace {
 template <typename T>
 constexpr int kWideRows = sizeof(T) == 8 ? 2 : 4;  // of a thread; more would spill
 
+template <typename Function>
+void with_cell_and_type(RnnCell cell, DType dtype, const Function& function) {
+  with_cell(cell, [&](auto unit) { with_type(dtype, [&](auto zero) { function(unit, zero); }); });
+}
+
+// Calls function with values of the cell's and the element's type where the resident kernels take it.
+template <typename Function>
+auto with_resident(RnnCell cell, DType dtype, const Function& function) {
+  return with_cell(cell, [&](auto unit) {
+    return dtype == DType::kFloat ? function(unit, float{}) : function(unit, double{});
+  });
+}
+
+template <bool kForward>
+bool resident_fits(RnnCell cell, DType dtype, int hidden, bool cluster) {
+  return with_resident(cell, dtype, [&](auto unit, auto zero) {
+    using Cell = decltype(unit);
+    using T = decltype(zero);
+    return cluster ? Resident<Cell, T, kClusterBlocks, kForward>::fits(hidden)
+                   : Resident<Cell, T, 1, kForward>::fits(hidden);
+  });
+}
+
+template <bool kForward, typename Params>
+void run_resident(RnnCell cell, DType dtype, const RnnPlan& plan, const Params& p, void* stream) {
+  with_resident(cell, dtype, [&](auto unit, auto zero) {
+    using Cell = decltype(unit);
+    using T = decltype(zero);
+    plan.blocks > 1 ? Resident<Cell, T, kClusterBlocks, kForward>::run(p, stream)
+                    : Resident<Cell, T, 1, kForward>::run(p, stream);
+  });
+}
+
+RnnPlan tensor_plan(RnnCell cell, DType dtype, const RnnShape& s, bool forward) {
+  const auto fits = [&](int blocks, bool grid) {
+    return (forward ? rnn_tensor_forward_fits : rnn_tensor_backward_fits)(cell, dtype, s, blocks, grid);
+  };
+  const int eights = ceil_div(s.hidden, 8);
+  // As few blocks as leave each with the units of 8 warps; only if need be with those of more.
+  for (const int each : {4, 6})
+    for (int blocks = 1; blocks <= 16; blocks *= 2)
+      if (ceil_div(eights, blocks) <= each && fits(blocks, false))
+        return {blocks == 1 ? RnnSchedule::kBlock : RnnSchedule::kCluster, blocks, true, 0, 0};
+  for (int each = 4; each >= 1; --each) {
+    const int blocks = ceil_div(eights, each);
+    if (!fits(blocks, true)) continue;
+    const size_t bytes =
+        forward ? rnn_tensor_forward_exchange(dtype, s) : rnn_tensor_backward_exchange(s, blocks);
+    return {RnnSchedule::kGrid, blocks, true, bytes, ceil_div(s.batch, 16) * s.directions};
+  }
+  return {RnnSchedule::kStep, 1, false, 0, 0};
+}
+
 }  // namespace
 
-void lstm_layer_forward(DType dtype, const LstmForward& p, void* stream) {
+RnnSizes rnn_sizes(RnnCell cell) {
+  return with_cell(cell, [](auto unit) -> RnnSizes {
+    return {unit.kGates, unit.kJoint, unit.kParts, unit.kKept, unit.kHasC, unit.kBlends};
+  });
+}
+
+RnnPlan rnn_plan(RnnCell cell, DType dtype, const RnnShape& s, bool forward) {
+  if (dtype == DType::kHalf || dtype == DType::kBFloat16) return tensor_plan(cell, dtype, s, forward);
+  const auto fits = forward ? resident_fits<true> : resident_fits<false>;
+  if (fits(cell, dtype, s.hidden, false)) return {RnnSchedule::kBlock, 1, false, 0, 0};
+  if (fits(cell, dtype, s.hidden, true)) return {RnnSchedule::kCluster, kClusterBlocks, false, 0, 0};
+  return {RnnSchedule::kStep, 1, false, 0, 0};
+}
+
+void rnn_layer_forward(RnnCell cell, DType dtype, const RnnPlan& plan, const RnnForward& p, void* stream) {
+  if (plan.tensor_cores)
+    return rnn_tensor_forward_layer(cell, dtype, p, plan.blocks, plan.schedule == RnnSchedule::kGrid, stream);
+  if (plan.schedule != RnnSchedule::kStep) return run_resident<true>(cell, dtype, plan, p, stream);
+  with_cell_and_type(cell, dtype, [&](auto unit, auto zero) {
+    using Cell = decltype(unit);
+    using T = decltype(zero);
+    (p.shape.batch <= 4 ? step_forward<Cell, T, 1> : step_forward<Cell, T, kWideRows<T>>)(p, stream);
+  });
+}
+
+void rnn_layer_backward(RnnCell cell, DType dtype, const RnnPlan& plan, const RnnBackward& p, void* stream) {
+  if (plan.tensor_cores)
+    return rnn_tensor_backward_layer(cell, dtype, p, plan.blocks, plan.schedule == RnnSchedule::kGrid,
+                                     stream);
+  if (plan.schedule != RnnSchedule::kStep) return run_resident<false>(cell, dtype, plan, p, stream);
+  with_cell_and_type(cell, dtype, [&](auto unit, auto zero) {
+    using Cell = decltype(unit);
+    using T = decltype(zero);
+    (p.shape.batch <= 4 ? step_backward<Cell, T, 1> : step_backward<Cell, T, kWideRows<T>>)(p, stream);
+  });
+}
+
+void rnn_cell_step_forward(RnnCell cell, DType dtype, const RnnCellForward& p, void* stream) {
+  with_cell_and_type(cell, dtype, [&](auto unit, auto zero) {
+    launch(rnn_cell_forward<decltype(unit), decltype(zero)>, cell_grid(p.batch, p.hidden), kCellThreads, 0,
+           stream, p);
+  });
+}
+
+void rnn_cell_step_backward(RnnCell cell, DType dtype, const RnnCellBackward& p, void* stream) {
+  with_cell_and_type(cell, dtype, [&](auto unit, auto zero) {
+    launch(rnn_cell_backward<decltype(unit), decltype(zero)>, cell_grid(p.batch, p.hidden), kCellThreads, 0,
+           stream, p);
+  });
+}
+
+void rnn_states_before(DType dtype, const RnnShape& s, int direction, const void* h_0, const void* output,
+                       void* before, void* stream) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (try_resident<T, 1, true>(p, stream) || try_resident<T, kClusterBlocks, true>(p, stream)) return;
-    (p.shape.batch <= 4 ? step_forward<T, 1> : step_forward<T, kWideRows<T>>)(p, stream);
+    launch(rnn_states_before_kernel<T>, dim3(grid_size(int64_t(s.steps) * s.batch)), kRowThreads, 0, stream,
+           s, direction, h_0, output, static_cast<T*>(before));
   });
 }
 
-void lstm_layer_backward(DType dtype, const LstmBackward& p, void* stream) {
+void rnn_running_rows(DType dtype, const RnnShape& s, const void* x, int width, void* to, void* stream) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (try_resident<T, 1, false>(p, stream) || try_resident<T, kClusterBlocks, false>(p, stream)) return;
-    (p.shape.batch <= 4 ? step_backward<T, 1> : step_backward<T, kWideRows<T>>)(p, stream);
+    launch(rnn_running_rows_kernel<T>, dim3(grid_size(int64_t(s.steps) * s.batch)), kRowThreads, 0, stream, s,
+           static_cast<const T*>(x), width, static_cast<T*>(to));
   });
 }
 
-void lstm_cell_step_forward(DType dtype, const LstmCellForward& p, void* stream) {
-  with_type(dtype, [&](auto zero) {
-    launch(lstm_cell_forward_kernel<decltype(zero)>, cell_grid(p.batch, p.hidden), kCellThreads, 0, stream,
-           p);
-  });
-}
-
-void lstm_cell_step_backward(DType dtype, const LstmCellBackward& p, void* stream) {
-  with_type(dtype, [&](auto zero) {
-    launch(lstm_cell_backward_kernel<decltype(zero)>, cell_grid(p.batch, p.hidden), kCellThreads, 0, stream,
-           p);
-  });
+void rnn_packed_rows(const int64_t* batch_sizes, int steps, int batch, int64_t* offsets, int64_t* lengths,
+                     void* stream) {
+  BatchSizes sizes{};
+  sizes.batch = batch;
+  for (; sizes.first < steps; sizes.first += sizes.count) {
+    sizes.count = std::min(kSizesAtOnce, steps - sizes.first);
+    std::copy_n(batch_sizes + sizes.first, sizes.count, sizes.size);
+    launch(rnn_packed_rows_kernel, dim3(1), kRowThreads, 0, stream, sizes, offsets, lengths);
+    for (int i = 0; i < sizes.count; ++i) sizes.first_row += sizes.size[i];
+  }
 }
 
 }  // namespace cnnrnn::cuda

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _oracle import check_equal, compare, conv_tensors, running_on, stock_conv_pool2d, whole
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cnnrnn_ext as cx
+from cnnrnn_ext import _library
 
 OPS = ["conv_pool2d"]
 
@@ -353,6 +355,30 @@ def test_uncovered_configuration_says_so(name):
     assert call.reason
     torch.testing.assert_close(y, stock(**tensors))
     compare(ours, stock, tensors, "reference", OPS)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"pool": "avg", "stride": 2}, "pool='avg' has a CUDA kernel only for 3x3 and stride 1"),
+        ({"pool": "none", "dilation": 2}, "pool='none' has a CUDA kernel only for 3x3 and stride 1"),
+        ({"pool": "avg"}, None),
+        ({"activation": "gelu"}, None),
+        ({"activation": "tanh", "return_indices": True}, None),
+    ],
+)
+def test_what_cuda_kernels_cover(options, reason):
+    """On tensors without data: what has no kernel is composed and says why."""
+    with FakeTensorMode(), cx.trace() as log:
+        x, weight = (torch.empty(shape, device="cuda") for shape in ((1, 3, 12, 12), (4, 3, 3, 3)))
+        y = cx.functional.conv_pool2d(x, weight, **options)
+    y = y[0] if options.get("return_indices") else y
+    assert y.device.type == "cuda"
+    (call,) = log
+    if reason is None and _library.libraries()["cuda"].loaded:
+        assert call.backend == "compiled"
+    else:
+        assert call.reason == (reason or _library.libraries()["cuda"].reason)
 
 
 # ---- one dimension ----

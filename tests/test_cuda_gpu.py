@@ -1,9 +1,13 @@
 """The CUDA operators on a GPU, against plain PyTorch in float64 on the CPU. Skipped where there is no GPU."""
 
+import copy
+from dataclasses import replace
+
 import _cuda_cases as cases
 import pytest
 import torch
 
+import cnnrnn_ext as cx
 from cnnrnn_ext import _library
 
 pytestmark = pytest.mark.cuda
@@ -14,11 +18,14 @@ LARGE_CONVS = {
     "deep": cases.Conv((2, 64, 57, 57), 64, channels_last=True),
     "many_channels": cases.Conv((2, 128, 28, 28), 130, padding=(0, 0)),
 }
-LARGE_LSTMS = {
-    "h128": cases.Lstm(16, 33, 100, 128, d=2),
-    "h512": cases.Lstm(20, 17, 64, 512, d=2),
-    "h650": cases.Lstm(5, 3, 70, 650),
+LARGE_RNNS = {
+    "h128": cases.Rnn(16, 33, 100, 128, d=2),
+    "h512": cases.Rnn(20, 17, 64, 512, d=2),
+    "h650": cases.Rnn(5, 3, 70, 650),
+    "lengths": cases.Rnn(40, 19, 30, 200, d=2, rows="lengths, reset"),
+    "packed": cases.Rnn(40, 19, 30, 200, d=2, rows="packed, reset"),
 }
+CELLS = tuple(cases.GATES)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +50,19 @@ def test_conv_pool_large(ops, case):
     cases.check_conv_exact(ops, "cuda", case, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS)
+@pytest.mark.parametrize("case", cases.ACTIVATED.values(), ids=cases.ACTIVATED)
+def test_conv_pool_activations(ops, case, activation, dtype):
+    cases.check_conv_activation(ops, "cuda", replace(case, activation=activation), dtype)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", *cases.ACTIVATIONS])
+@pytest.mark.parametrize("case", [n for n, case in cases.ACTIVATED.items() if case.kind == "max"])
+def test_conv_pool_indices(ops, case, activation):
+    cases.check_conv_indices(ops, "cuda", replace(cases.ACTIVATED[case], activation=activation))
+
+
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize("pool", [(2, 2), (3, 3)], ids=["3x3 kernel", "general kernel"])
 def test_conv_pool_nan_and_infinity(ops, activation, pool):
@@ -50,33 +70,39 @@ def test_conv_pool_nan_and_infinity(ops, activation, pool):
 
 
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("case", (cases.LSTMS | LARGE_LSTMS).values(), ids=cases.LSTMS | LARGE_LSTMS)
-def test_lstm(ops, case, dtype):
-    cases.check_lstm(ops, "cuda", case, dtype)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", (cases.RNNS | LARGE_RNNS).values(), ids=cases.RNNS | LARGE_RNNS)
+def test_rnn(ops, case, cell, dtype):
+    cases.check_rnn(ops, "cuda", cell, case, dtype)
 
 
-@pytest.mark.parametrize("case", ["odd", "few_rows"])
-def test_lstm_missing_gradients(ops, case):
-    cases.check_lstm_parts(ops, "cuda", cases.LSTMS[case])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", ["odd", "few_rows", "lengths"])
+def test_rnn_missing_gradients(ops, case, cell):
+    cases.check_rnn_parts(ops, "cuda", cell, cases.RNNS[case])
 
 
-@pytest.mark.parametrize("case", ["odd", "few_rows", "h330"])
-def test_lstm_without_states(ops, case):
-    cases.check_lstm_without_states(ops, "cuda", cases.LSTMS[case])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", ["odd", "few_rows", "many_rows"])
+def test_rnn_without_states(ops, case, cell):
+    cases.check_rnn_without_states(ops, "cuda", cell, cases.RNNS[case])
 
 
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("case", [cases.Lstm(1, 5, 4, 33), cases.Lstm(1, 300, 64, 256)], ids=["odd", "large"])
-def test_lstm_cell(ops, case, dtype):
-    cases.check_lstm_cell(ops, "cuda", case, dtype)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", [cases.Rnn(1, 5, 4, 33), cases.Rnn(1, 300, 64, 256)], ids=["odd", "large"])
+def test_cell(ops, case, cell, dtype):
+    cases.check_cell(ops, "cuda", cell, case, dtype)
 
 
 def _train_everything(ops):
     torch.manual_seed(0)
-    conv, lstm = LARGE_CONVS["first_layer"], LARGE_LSTMS["h512"]
+    conv, rnn = LARGE_CONVS["first_layer"], LARGE_RNNS["h512"]
     results = [*cases.run_conv(ops, "cuda", conv, torch.float32, *conv.draw(cases.normal))]
-    operands = cases._convert(lstm.draw(), "cuda", torch.float32)
-    return [*results, *cases.lstm_train_and_backward(ops, operands)]
+    for cell in CELLS:
+        operands = cases._convert(rnn.draw(cell), "cuda", torch.float32)
+        results += cases.rnn_train_and_backward(ops, cell, cases.WHOLE, operands)
+    return results
 
 
 def test_same_input_same_bits(ops):
@@ -86,8 +112,8 @@ def test_same_input_same_bits(ops):
 
 def test_current_stream(ops):
     """Kernels follow torch's current stream, and wait for what is enqueued on it before them."""
-    case = cases.LSTMS["odd"]
-    x, *rest = cases._convert(case.draw(), "cuda", torch.float32)
+    case = cases.RNNS["odd"]
+    x, *rest = cases._convert(case.draw("lstm"), "cuda", torch.float32)
     want = ops.rnn("lstm", x, *rest, *cases.WHOLE)[0]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -100,25 +126,121 @@ def test_current_stream(ops):
     assert torch.equal(got, want)
 
 
-def test_no_host_synchronisation(ops):
-    """Forward and backward can be captured in a graph, which a synchronisation would forbid."""
-    case, conv = cases.LSTMS["few_rows"], cases.CONVS["odd"]
-    operands = cases._convert(case.draw(), "cuda", torch.float32)
-    image, weight, bias, _ = (t.float().cuda() for t in conv.draw(cases.normal))
+# ---- schedules: what the emulation runs at small sizes, at real ones ----
 
-    def step():
-        *results, reserve = ops.rnn_train("lstm", *operands, *cases.WHOLE)
-        grads = cases.lstm_backward(ops, results, operands, results, reserve)
-        y, code, _ = ops.conv_pool2d_train(image, weight, bias, *conv.arguments)
-        return [results[0], grads[0], y, *ops.conv_pool2d_backward(
-            y, image, weight, bias, code, None, *conv.arguments, True, True, True)]  # fmt: skip
+# (dtype, T, N, H): a block, clusters of 4 and of 16, and of 8; groups of the grid; a launch a step.
+SCHEDULES = {
+    "block": (torch.bfloat16, 40, 19, 32),
+    "cluster of 4": (torch.float16, 40, 19, 128),
+    "cluster of 16": (torch.bfloat16, 40, 19, 512),
+    "fp32 cluster": (torch.float32, 40, 19, 200),
+    "grid": (torch.bfloat16, 20, 16, 1024),
+    "step": (torch.float32, 20, 16, 700),
+}
 
+
+@pytest.mark.parametrize("rows", ["whole", "lengths, reset"])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("dtype", "t", "n", "h"), SCHEDULES.values(), ids=SCHEDULES)
+def test_schedule(ops, dtype, t, n, h, cell, rows):
+    cases.check_rnn(ops, "cuda", cell, cases.Rnn(t, n, 48, h, rows=rows), dtype)
+
+
+def _captured(step):
+    """What ``step`` makes outside of a graph, and a graph's replay of it."""
     want = step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = step()
-    graph.replay()
+    for tensor in got:
+        tensor.fill_(float("nan"))
+    for _ in range(2):  # counters and the like must be as new in the second
+        graph.replay()
     torch.cuda.synchronize()
-    for a, b in zip(got, want, strict=True):
+    return want, got
+
+
+@pytest.mark.parametrize("rows", ["whole", "lengths, reset", "packed"])
+@pytest.mark.parametrize(("dtype", "t", "n", "h"), SCHEDULES.values(), ids=SCHEDULES)
+def test_graph_capture(ops, dtype, t, n, h, rows):
+    """Forward and backward can be captured, which a host synchronisation would forbid, and replayed."""
+    case = cases.Rnn(t, n, 48, h, d=2, rows=rows)
+    operands, steps = cases._convert(case.draw("lstm"), "cuda", dtype), case.steps("cuda")
+
+    def step():
+        *results, reserve = ops.rnn_train("lstm", *operands, *steps)
+        grads = cases.rnn_backward(ops, "lstm", steps, results, operands, results, reserve)
+        return [*results[:3], *cases._flat(grads)]
+
+    for a, b in zip(*_captured(step), strict=True):
         assert torch.equal(a, b)
+
+
+def test_graph_capture_of_conv_pool(ops):
+    conv = cases.CONVS["odd"]
+    image, weight, bias, _ = (t.float().cuda() for t in conv.draw(cases.normal))
+
+    def step():
+        y, code, _ = ops.conv_pool2d_train(image, weight, bias, *conv.arguments)
+        return [y, *ops.conv_pool2d_backward(
+            y, image, weight, bias, code, None, *conv.arguments, True, True, True)]  # fmt: skip
+
+    for a, b in zip(*_captured(step), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "t", "n", "h"), SCHEDULES.values(), ids=SCHEDULES)
+def test_several_streams_at_once(ops, dtype, t, n, h):
+    """Calls on different streams share nothing: each gives what it gives alone."""
+    case = cases.Rnn(t, n, 48, h)
+    calls = [cases._convert(case.draw("gru"), "cuda", dtype) for _ in range(4)]
+    want = [cases.rnn_train_and_backward(ops, "gru", cases.WHOLE, operands) for operands in calls]
+    torch.cuda.synchronize()
+    streams, got = [torch.cuda.Stream() for _ in calls], []
+    for stream, operands in zip(streams, calls, strict=True):
+        with torch.cuda.stream(stream):
+            got.append(cases.rnn_train_and_backward(ops, "gru", cases.WHOLE, operands))
+    torch.cuda.synchronize()
+    for ours, theirs in zip(got, want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# ---- modules: the CPU and the GPU agree ----
+
+MODULES = {"lstm": cx.LSTM, "gru": cx.GRU, "rnn": cx.RNN}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_cpu_gpu_parity(ops, name):
+    """Two bidirectional layers of float64 on lengths: outputs and every gradient, to rounding."""
+    torch.manual_seed(0)
+    module = MODULES[name](20, 70, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x, lengths = torch.randn(15, 9, 20, dtype=torch.float64), torch.randint(0, 16, (9,))
+
+    def run(device):
+        here, on = copy.deepcopy(module).to(device), x.to(device).requires_grad_()
+        with cx.trace() as log:
+            output, _ = here(on, lengths=lengths.to(device))
+        assert [call.backend for call in log] == ["compiled"]
+        output.square().sum().backward()
+        return [t.cpu() for t in (output, on.grad, *(p.grad for p in here.parameters()))], log[0].kernel
+
+    (on_cpu, _), (on_gpu, kernel) = run("cpu"), run("cuda")
+    assert kernel.startswith("cuda, forward: ")
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_autocast(ops, name, dtype):
+    """Under autocast the kernels run in its dtype, as torch's own layers do."""
+    module, stock = MODULES[name](30, 64).cuda(), getattr(torch.nn, name.upper())(30, 64).cuda()
+    stock.load_state_dict(module.state_dict())
+    x = torch.randn(11, 6, 30, device="cuda")
+    with torch.autocast("cuda", dtype=dtype), cx.trace() as log:
+        ours, theirs = module(x)[0], stock(x)[0]
+    assert ours.dtype == theirs.dtype == dtype
+    assert "tensor cores" in log[0].kernel
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=16 * torch.finfo(dtype).eps)

@@ -6,7 +6,7 @@ from cnnrnn_ext._autograd_rnn import CellStep
 from cnnrnn_ext._backend import plain_operands, use_compiled
 from cnnrnn_ext._checks import check_choice, check_same, check_tensor, shape_of
 from cnnrnn_ext._checks_rnn import check_gate_weights, check_states
-from cnnrnn_ext.functional._common import HALF, autocast_dtype, cast, needs_grad
+from cnnrnn_ext.functional._common import HALF, autocast_dtype, beyond_autocast, cast, needs_grad
 from cnnrnn_ext.functional._narrow import narrow_entry, narrow_note, narrow_uncovered, widened
 from cnnrnn_ext.reference._cells import CELLS, NONLINEARITIES, one_step
 
@@ -90,7 +90,8 @@ def run_cell(op, cell, input, states, weights, narrow=None):
         if input.device.type == "cpu" and input.dtype in HALF:
             input, *tensors = (t if t is None else t.float() for t in (input, *(states or ()), *weights))
             states, weights = tensors[: len(states or ())], tensors[len(states or ()) :]
-        new = _run_operator(cell, input, states, weights, entry)
+        with beyond_autocast(input):
+            new = _run_operator(cell, input, states, weights, entry)
     else:
         if entry:
             weights = *(widened(*copy, input.dtype) for copy in entry.copies), *weights[2:]
@@ -138,9 +139,6 @@ def _autocast(cell, input, states, weights):
 
 def _run_operator(cell, input, states, weights, entry):
     h, c = (*(states or (None,)), None)[:2]
-    if states is None and input.device.type == "cuda":  # those kernels need them
-        zeros = input.new_zeros(input.shape[0], weights[1].shape[1])
-        h, c = zeros, zeros if CELLS[cell].states == 2 else None
     if entry:
         new = torch.ops.cnnrnn_ext.rnn_cell_narrow(cell, input, h, c, *entry.operands, *weights[2:])
         return new[: CELLS[cell].states]

@@ -1,5 +1,7 @@
 """Gradients and dtypes of a call, shared by all functions."""
 
+import contextlib
+
 import torch
 
 HALF = (torch.bfloat16, torch.float16)
@@ -14,6 +16,14 @@ def autocast_dtype(device):
     if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def beyond_autocast(tensor):
+    """A context for operators on operands that are in the autocast dtype: those registered for autocast would
+    be widened to float32 again."""
+    if tensor.dtype in HALF and autocast_dtype(tensor.device) is not None:
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def cast(dtype, *tensors):

@@ -68,8 +68,10 @@ def conv_pool2d(
             at least 16 channels, unless the map is tiny. Measured on random images and weights of 16 to 512
             channels, in units of 2^-24: the largest error was at most 36 times the largest output, where
             "highest" has 6 and torch's own kernels 4 to 46 by instruction set and layout; the root mean
-            square error at most 12.5 times that of the outputs (4.3; 3 to 22). On near-ties another position
-            of a window may win. Gradients are computed as with "highest".
+            square error at most 12.5 times that of the outputs (4.3; 3 to 22). On CUDA the forward of such
+            convolutions, of any number of channels, with windows of 1 or 2 side by side multiplies as TF32:
+            operands are rounded to 10 bits of mantissa. On near-ties another position of a window may win.
+            Gradients are computed as with "highest".
         return_indices: also return where each maximum stood, as ``F.max_pool2d`` does. Only for pool="max".
 
     Returns:
@@ -111,10 +113,11 @@ def conv_pool2d(
     conv = stride, pads, dilation, groups
     uncovered = (
         uneven
-        or conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size)
-        or (return_indices and _indices_uncovered(activation))
+        or conv_pool2d_uncovered(x, weight, conv, activation, pool, (pool_size, pool_stride, pool_padding))
+        or (return_indices and _indices_uncovered(x.device, activation))
     )
-    if not use_compiled("conv_pool2d", x, uncovered):
+    note = _cuda_note(x, weight, conv, pool, (pool_size, pool_stride, pool_padding), precision)
+    if not use_compiled("conv_pool2d", x, uncovered, note):
         return reference.conv_pool2d(
             input, weight, bias, stride, padding, dilation, groups, **options, return_indices=return_indices
         )
@@ -195,16 +198,19 @@ def _run(x, weight, bias, *config):
     return torch.ops.cnnrnn_ext.conv_pool2d_train(x, weight, bias, *config)[0]
 
 
-def conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
-    """Why the kernels do not serve this configuration, or None. conv: stride, padding, dilation, groups."""
+def conv_pool2d_uncovered(x, weight, conv, activation, pool, pools):
+    """Why the kernels do not serve this configuration, or None.
+
+    conv: stride, padding, dilation, groups; pools: size, stride, padding.
+    """
+    pool_size = pools[0]
     stride, padding, dilation, groups = conv
-    if x.device.type != "cpu":  # the other kernels: of CUDA
-        if pool != "max":
-            return f"no kernel for pool={pool!r} on {x.device.type}"
-        if activation not in ("relu", "none"):
-            return f"no kernel for activation={activation!r} on {x.device.type}"
-    elif activation not in ACTIVATION_GRADIENTS:
+    if activation not in ACTIVATION_GRADIENTS:
         return f"no kernel for activation={activation!r}"
+    if x.device.type != "cpu":  # the other kernels: of CUDA
+        reason = _uncovered_on_cuda(x, weight, conv, pool, pools)
+        if reason:
+            return reason
     elif pool != "max" and not winograd_serves(x, weight, stride, dilation, groups):
         # Where every position of the map has a gradient, the direct kernels are slower than torch's; with
         # one channel, of which torch's are slow, an average pool is faster all the same.
@@ -222,8 +228,42 @@ def conv_pool2d_uncovered(x, weight, conv, activation, pool, pool_size):
     return None
 
 
-def _indices_uncovered(activation):
-    """The kernels pool before an activation that never falls: where it is flat, torch's winner is another."""
-    if activation in ("relu6", "tanh", "sigmoid", "elu"):
+def _plain_3x3(weight, conv):
+    stride, _, dilation, groups = conv
+    return tuple(weight.shape[2:]) == (3, 3) and tuple(stride) == tuple(dilation) == (1, 1) and groups == 1
+
+
+def _in_blocks(pool, pools):
+    """Whether the windows make up 2x2 blocks of the map: what the tensor-core kernels pool in registers."""
+    size, stride, padding = map(tuple, pools)
+    return pool != "max" or (max(size) <= 2 and stride == size and not any(padding))
+
+
+def _uncovered_on_cuda(x, weight, conv, pool, pools):
+    """16-bit types have kernels of their own where tensor cores serve; the direct ones would lose to torch's.
+
+    Without a max pool every position of the map has a gradient, and the map itself is wanted: what the
+    kernels may save is little. They serve what they are tuned for.
+    """
+    if x.dtype.itemsize == 2 and not (_plain_3x3(weight, conv) and _in_blocks(pool, pools)):
+        return f"{x.dtype} has a CUDA kernel only for 3x3, stride 1 and windows of 1 or 2 side by side"
+    if pool != "max" and not _plain_3x3(weight, conv):
+        return f"pool={pool!r} has a CUDA kernel only for 3x3 and stride 1"
+    return None
+
+
+def _cuda_note(x, weight, conv, pool, pools, precision):
+    """What a trace tells of a CUDA kernel: whether its products are those of tensor cores."""
+    if x.device.type == "cpu" or not (_plain_3x3(weight, conv) and _in_blocks(pool, pools)):
+        return None
+    if x.dtype == torch.float32:
+        return "TF32 in the forward" if precision == "high" else None
+    return "tensor cores" if x.dtype.itemsize == 2 else None
+
+
+def _indices_uncovered(device, activation):
+    """On the CPU the pool comes before an activation that never falls: where it is flat, torch's winner is
+    another. On CUDA positions compete by their activated values, as torch's."""
+    if device.type == "cpu" and activation in ("relu6", "tanh", "sigmoid", "elu"):
         return f"no kernel for return_indices with activation={activation!r}, which is flat for large values"
     return None

@@ -1,14 +1,13 @@
 """Recurrent layers over a sequence: checks, layout, one operator call for each layer."""
 
-import contextlib
-
 import torch
 
-from cnnrnn_ext._backend import use_compiled
+from cnnrnn_ext._backend import is_traced, use_compiled
 from cnnrnn_ext._checks import check_choice, check_tensor
 from cnnrnn_ext._checks_rnn import check_sequence
-from cnnrnn_ext.functional._common import autocast_dtype, cast, needs_grad, runs_in_float32
+from cnnrnn_ext.functional._common import autocast_dtype, beyond_autocast, cast, needs_grad, runs_in_float32
 from cnnrnn_ext.functional._narrow import narrow_entry, narrow_note, narrow_uncovered, widened
+from cnnrnn_ext.functional._schedule import schedule_note
 from cnnrnn_ext.reference._cells import CELLS, NONLINEARITIES
 from cnnrnn_ext.reference._rnn import (
     Options,
@@ -197,9 +196,11 @@ def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
     input, states, flat_weights, options, dtype = _autocast(cell, input, states, flat_weights, options)
     check_sequence(cell, input, states, flat_weights, options)
     entry = _narrow_entry(narrow, *given, options)
-    uncovered, note = _uncovered(cell, input.device.type, options), None
+    uncovered, note = _uncovered(cell, options), None
     if entry:
         uncovered, note = uncovered or narrow_uncovered(input), narrow_note(narrow)
+    elif is_traced() and uncovered is None:
+        note = _schedule_note(cell, input, states, flat_weights, options)
     compiled = use_compiled(op, input, uncovered, note)
     if entry and (not compiled or (options.return_all and CELLS[cell].states == 2)):
         # No narrow operator: the cells of every step come from the one for training.
@@ -210,8 +211,6 @@ def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
         input, *rest = (t.float() for t in (input, *(states or ()), *flat_weights))
         states, flat_weights = _split(rest, states)
     x, reset = time_first(input, options)
-    if states is None and x.device.type == "cuda":
-        states = _zeros(cell, x, flat_weights, options)
     weights = group_weights(flat_weights, options)
     lengths = None if options.lengths is None else options.lengths.to(x.device, torch.int64)
 
@@ -220,16 +219,9 @@ def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
         narrow = entry and entry.operands[rows.start // options.directions]
         return _run_operator(cell, x, states, weights[rows], steps, options.return_all, narrow)
 
-    with _at_its_word(x):
+    with beyond_autocast(x):
         results = arrange(cell, *run_layers(layer, x, states, options), options)
     return _in_dtype(results, x.dtype, dtype)
-
-
-def _at_its_word(x):
-    """A block in which operators take the dtype they get: autocast would widen bfloat16 again."""
-    if x.dtype == torch.bfloat16 and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _in_dtype(results, computed, dtype):
@@ -286,7 +278,15 @@ def _autocast(cell, input, states, flat_weights, options):
     return input, states, flat_weights, options, result
 
 
-def _uncovered(cell, device, options):
+def _schedule_note(cell, input, states, flat_weights, options):
+    batch = input.shape[0 if options.swapped else 1]
+    if options.batch_sizes is not None:
+        batch = int(options.batch_sizes[0]) if len(options.batch_sizes) else 0
+    train = needs_grad(input, *(states or ()), *flat_weights)
+    return schedule_note(cell, input, batch, flat_weights[1].shape[1], options.directions, train)
+
+
+def _uncovered(cell, options):
     """Why the kernels do not serve this configuration, or None."""
     if options.proj_size:
         return "no kernel for proj_size"
@@ -296,20 +296,7 @@ def _uncovered(cell, device, options):
         return "no kernel for zoneout"
     if options.recurrent_dropout and options.training:
         return "no kernel for recurrent_dropout in training"
-    if device != "cpu":
-        for name, what in (("batch_sizes", "packed sequences"), ("lengths",) * 2, ("reset",) * 2):
-            if getattr(options, name) is not None:
-                return f"no {device} kernel for {what}"
-        if options.return_all:
-            return f"no {device} kernel for return_all"
     return None
-
-
-def _zeros(cell, x, flat_weights, options):
-    """Explicit states of zero, for the kernels that need them."""
-    hidden = flat_weights[1].shape[1]
-    shape = options.num_layers * options.directions, x.shape[1], hidden
-    return tuple(x.new_zeros(shape) for _ in range(CELLS[cell].states))
 
 
 def _run_operator(cell, x, states, weights, steps, return_all, narrow):

@@ -16,8 +16,17 @@ ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda_emulation"
 
 HOST = ["cuda/conv_pool_cuda.cpp", "cuda/rnn_cuda.cpp"]
-KERNELS = ["cuda/conv_pool_kernels.cu", "cuda/rnn_kernels.cu", "tests/cuda_emulation/planted_bugs.cu"]
-EMULATOR = [f"tests/cuda_emulation/{name}.cpp" for name in ("emulator", "memory_checks", "operators")]
+KERNELS = [
+    "cuda/conv_pool_kernels.cu",
+    "cuda/rnn_kernels.cu",
+    "cuda/rnn_tensor_forward_kernels.cu",
+    "cuda/rnn_tensor_backward_kernels.cu",
+]
+KERNELS += [f"tests/cuda_emulation/{name}.cu" for name in ("fragments", "planted_bugs")]
+EMULATOR = [
+    f"tests/cuda_emulation/{name}.cpp"
+    for name in ("async_copies", "collectives", "emulator", "memory_checks", "operators", "tensor_cores")
+]
 
 
 def build():

@@ -99,7 +99,7 @@ Cell& cell_of(uintptr_t address) {
 void note_read(Cell& cell, const Epoch& now, uintptr_t address, bool in_shared) {
   if (in_shared && (!cell.written || cell.write.launch != now.launch))
     report("uninitialised read", address, nullptr);
-  if (cell.written && !cell.write.ordered_before(now))
+  if (cell.written && !happened_before_now(cell.write))
     report("race (read after write)", address, &cell.write);
   if (cell.reads > 0 && (cell.read[0].thread != now.thread || cell.read[0].block != now.block)) {
     cell.read[1] = cell.read[0];
@@ -110,16 +110,19 @@ void note_read(Cell& cell, const Epoch& now, uintptr_t address, bool in_shared) 
 }
 
 void note_write(Cell& cell, const Epoch& now, uintptr_t address) {
-  if (cell.written && !cell.write.ordered_before(now))
+  if (cell.written && !happened_before_now(cell.write))
     report("race (write after write)", address, &cell.write);
   for (int i = 0; i < cell.reads; ++i)
-    if (!cell.read[i].ordered_before(now)) report("race (write after read)", address, &cell.read[i]);
+    if (!happened_before_now(cell.read[i])) report("race (write after read)", address, &cell.read[i]);
   cell.written = true;
   cell.write = now;
   cell.reads = 0;
 }
 
-void access(const void* pointer, size_t bytes, bool write) {
+enum class Access { kRead, kWrite, kWriteBegun };
+
+void access(const void* pointer, size_t bytes, Access kind) {
+  const bool write = kind != Access::kRead;
   if (current == nullptr) return;  // host code around the launch
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   if (stack.holds(address, bytes)) return;
@@ -138,7 +141,7 @@ void access(const void* pointer, size_t bytes, bool write) {
       report(write ? "write out of bounds" : "read out of bounds", address, nullptr);
     }
   }
-  const Epoch& now = current_epoch();
+  const Epoch now = current_epoch();
   for (uintptr_t at = address & ~(holder->cell - 1); at < address + bytes; at += holder->cell) {
     Cell& cell = cell_of(at);
     // Shared memory is the block's own: what another block did at this address is forgotten.
@@ -146,6 +149,7 @@ void access(const void* pointer, size_t bytes, bool write) {
     cell.owner = first_block + rank;
     if (write) {
       note_write(cell, now, at);
+      cell.written = kind == Access::kWrite;
     } else {
       note_read(cell, now, at, in_shared);
     }
@@ -153,6 +157,10 @@ void access(const void* pointer, size_t bytes, bool write) {
 }
 
 }  // namespace
+
+void check_read(const void* place, size_t bytes) { access(place, bytes, Access::kRead); }
+void check_write(const void* place, size_t bytes) { access(place, bytes, Access::kWrite); }
+void check_write_begun(const void* place, size_t bytes) { access(place, bytes, Access::kWriteBegun); }
 
 void set_fibers(const void* begin, size_t bytes) { fibers = make_range(begin, bytes); }
 void set_stack(const void* begin, size_t bytes) { stack = make_range(begin, bytes); }
@@ -186,19 +194,27 @@ void forget_memory() {
 }  // namespace emulator
 
 // ---- what the compiler calls ----
-#define CNNRNN_ACCESS(size)                                                                  \
-  extern "C" void __tsan_read##size(void* p) { emulator::access(p, size, false); }           \
-  extern "C" void __tsan_write##size(void* p) { emulator::access(p, size, true); }           \
-  extern "C" void __tsan_unaligned_read##size(void* p) { emulator::access(p, size, false); } \
-  extern "C" void __tsan_unaligned_write##size(void* p) { emulator::access(p, size, true); }
+#define CNNRNN_ACCESS(size)                                                                            \
+  extern "C" void __tsan_read##size(void* p) { emulator::access(p, size, emulator::Access::kRead); }   \
+  extern "C" void __tsan_write##size(void* p) { emulator::access(p, size, emulator::Access::kWrite); } \
+  extern "C" void __tsan_unaligned_read##size(void* p) {                                               \
+    emulator::access(p, size, emulator::Access::kRead);                                                \
+  }                                                                                                    \
+  extern "C" void __tsan_unaligned_write##size(void* p) {                                              \
+    emulator::access(p, size, emulator::Access::kWrite);                                               \
+  }
 CNNRNN_ACCESS(1)
 CNNRNN_ACCESS(2)
 CNNRNN_ACCESS(4)
 CNNRNN_ACCESS(8)
 CNNRNN_ACCESS(16)
 
-extern "C" void __tsan_read_range(void* p, size_t bytes) { emulator::access(p, bytes, false); }
-extern "C" void __tsan_write_range(void* p, size_t bytes) { emulator::access(p, bytes, true); }
+extern "C" void __tsan_read_range(void* p, size_t bytes) {
+  emulator::access(p, bytes, emulator::Access::kRead);
+}
+extern "C" void __tsan_write_range(void* p, size_t bytes) {
+  emulator::access(p, bytes, emulator::Access::kWrite);
+}
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}

@@ -1,0 +1,40 @@
+// Entry points of the forward pass on tensor cores.
+
+#include "rnn_tensor_forward.cuh"
+#include "rnn_tensor_launch.cuh"
+
+namespace cnnrnn::cuda {
+namespace {
+
+struct TensorForward {
+  using Params = RnnForward;
+
+  template <typename Cell, typename E, int kWarps, bool kGrid>
+  struct Launch {
+    static auto kernel() { return rnn_tensor_forward<Cell, E, kWarps, kGrid>; }
+    static size_t shared_bytes(const RnnShape& s, const UnitCut& cut) {
+      return ForwardMemory(s.hidden, kSliceUnits<E>, Cell::kGates, kKeptForward<Cell, kWarps>, cut.most(),
+                           kGrid)
+          .bytes;
+    }
+  };
+};
+
+}  // namespace
+
+bool rnn_tensor_forward_fits(RnnCell cell, DType dtype, const RnnShape& s, int blocks, bool grid) {
+  return tensor_fits<TensorForward>(cell, dtype, s, blocks, grid);
+}
+
+size_t rnn_tensor_forward_exchange(DType dtype, const RnnShape& s) {
+  const size_t groups = size_t(ceil_div(s.batch, kTileRows)) * s.directions;
+  const size_t element = dtype == DType::kFloat ? sizeof(float) : sizeof(Half);
+  return 2 * groups * kTileRows * ceil_div(s.hidden, kGroupUnits) * kGroupUnits * element;
+}
+
+void rnn_tensor_forward_layer(RnnCell cell, DType dtype, const RnnForward& p, int blocks, bool grid,
+                              void* stream) {
+  tensor_launch<TensorForward>(cell, dtype, p, blocks, grid, p.exchange, p.counters, stream);
+}
+
+}  // namespace cnnrnn::cuda
