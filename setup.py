@@ -53,10 +53,15 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 CPU_SOURCES = ["csrc/ops.cpp", "csrc/conv_pool_cpu.cpp", "csrc/rnn_cpu.cpp", "csrc/cpu/capability.cpp"]
 CUDA_HOST_SOURCES = ["cuda/conv_pool_cuda.cpp", "cuda/rnn_cuda.cpp"]
 CUDA_KERNEL_SOURCES = [
-    "cuda/conv_pool_kernels.cu",
-    "cuda/rnn_kernels.cu",
-    "cuda/rnn_tensor_forward_kernels.cu",
-    "cuda/rnn_tensor_backward_kernels.cu",
+    f"cuda/{name}_kernels.cu"
+    for name in (
+        "conv_pool",
+        "conv_pool_tensor",
+        "conv_pool_tensor_grad",
+        "rnn",
+        "rnn_tensor_forward",
+        "rnn_tensor_backward",
+    )
 ]
 INFO_SOURCES = ["csrc/module.cpp", "csrc/cpu/capability.cpp"]
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "conv_pool_forward.cuh"
+#include "conv_pool_reduce.cuh"
 
 namespace cnnrnn::cuda {
 namespace {
@@ -102,7 +103,8 @@ __global__ void __launch_bounds__(kGradXThreads)
 // ---- grad_weight and grad_bias ----
 // The windows are cut into slices, their number a function of the shape alone. A block sums one output
 // channel over one slice: a thread owns one element of the kernel (the element after the last is the bias)
-// and all threads walk over the same windows. A second kernel adds the slices in order.
+// and all threads walk over the same windows. A second kernel adds the slices in order
+// (conv_pool_reduce.cuh).
 constexpr int kGradWThreads = 128;
 
 template <typename A>
@@ -161,20 +163,6 @@ __global__ void __launch_bounds__(kGradWThreads)
   if (element <= elements) partial[(int64_t(blockIdx.z) * s.k + k) * (elements + 1) + element] = sum;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kGradWThreads)
-    conv_pool_reduce_slices(const Accumulator<T>* partial, int slices, int k_all, int elements,
-                            T* grad_weight, T* grad_bias) {
-  const int64_t index = int64_t(blockIdx.x) * kGradWThreads + threadIdx.x,
-                all = int64_t(k_all) * (elements + 1);
-  if (index >= all) return;
-  Accumulator<T> sum = 0;
-  for (int slice = 0; slice < slices; ++slice) sum += partial[slice * all + index];
-  const int64_t k = index / (elements + 1), element = index % (elements + 1);
-  if (element < elements && grad_weight) grad_weight[k * elements + element] = narrow_to<T>(sum);
-  if (element == elements && grad_bias) grad_bias[k] = narrow_to<T>(sum);
-}
-
 // ---- launchers ----
 template <typename T, bool k3x3Pool2>
 void grad_x(const ConvPoolShape& s, Map grad_y, Map code, const void* weight, Map grad_x, void* stream) {
@@ -204,9 +192,7 @@ void grad_weight(const ConvPoolShape& s, Map grad_y, Map code, Map x, void* work
   auto* partial = static_cast<A*>(workspace);
   launch(conv_pool_grad_weight_kernel<T, k3x3Pool2>, dim3(ceil_div(elements + 1, threads), s.k, slices),
          threads, threads * sizeof(LiveWindow<A>), stream, s, grad_y, code, x, slice_windows, partial);
-  const int64_t blocks = ceil_div(int64_t(s.k) * (elements + 1), int64_t(kGradWThreads));
-  launch(conv_pool_reduce_slices<T>, dim3(grid_size(blocks)), kGradWThreads, 0, stream, partial, slices, s.k,
-         elements, static_cast<T*>(grad_weight), static_cast<T*>(grad_bias));
+  launch_reduce_slices<T>(partial, slices, s.k, elements, grad_weight, grad_bias, stream);
 }
 
 }  // namespace

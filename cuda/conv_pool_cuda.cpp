@@ -67,6 +67,7 @@ Activation activation_of(const std::string& name) {
 struct Call {
   ConvPoolShape shape;
   bool average;
+  bool high;  // of precision: float32 may be multiplied as TF32
 
   // Whether the pool leaves a gradient's activation to be undone: relu's is in the codes.
   bool has_activation() const {
@@ -82,7 +83,7 @@ Call check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor
         "'");
   check(c.precision == "highest" || c.precision == "high", "precision: expected 'highest' or 'high', got '",
         c.precision, "'");
-  Call call{{}, c.pool == "avg"};
+  Call call{{}, c.pool == "avg", c.precision == "high"};
   ConvPoolShape& s = call.shape;
   constexpr int64_t kGridLimit = 65535;
   s.n = dimension("x", x, 0), s.c = dimension("x", x, 1, kGridLimit);
@@ -135,10 +136,40 @@ Map map_of(void* data, const Tensor& t) { return {data, t.stride(0), t.stride(1)
 Map output_map(const Tensor& t) { return map_of(output(t), t); }
 Map input_map(const Tensor& t) { return map_of(const_cast<void*>(input(t)), t); }  // kernels only read it
 
+bool on_tensor_cores(const ConvPoolShape& s, DType dtype, bool tf32) {
+  return (dtype == DType::kHalf || dtype == DType::kBFloat16 || (dtype == DType::kFloat && tf32)) &&
+         conv_pool_tensor_covers(s);
+}
+
+Tensor bytes_like(const Tensor& x, int64_t bytes) { return empty_like_of(x, {bytes}, ScalarType::Byte); }
+
+// A map with its channels in units: that of a tensor itself, or of a packed copy.
+struct Units {
+  Map map;
+  std::optional<Tensor> copy;
+};
+Units in_units(const Tensor& like, int element_bytes, const Map& map, int n, int c, Size2 size, int of_unit,
+               const Device& device) {
+  if (conv_pool_has_units(element_bytes, map, of_unit)) return {map, std::nullopt};
+  const int64_t padded = (c + of_unit - 1) / of_unit * of_unit;
+  const Tensor copy = bytes_like(like, padded * n * size.h * size.w * element_bytes);
+  return {conv_pool_pack_units(element_bytes, map, n, c, size, of_unit, output(copy), device.stream), copy};
+}
+
+int bytes_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
+
 void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                 const ConvPoolResults& out, const Device& device) {
+                 bool tf32, const ConvPoolResults& out, const Device& device) {
   const Tensor w = dense(weight), b = bias ? dense(*bias) : w;
-  conv_pool_forward(dtype_of(x), s, input_map(x), input(w), bias ? input(b) : nullptr, out, device.stream);
+  const void* const of_bias = bias ? input(b) : nullptr;
+  const DType dtype = dtype_of(x);
+  Units units{input_map(x), std::nullopt};
+  if (!on_tensor_cores(s, dtype, tf32))
+    return conv_pool_forward(dtype, s, units.map, input(w), of_bias, out, device.stream);
+  if (conv_pool_tensor_reads_units(s))
+    units = in_units(x, bytes_of(dtype), units.map, s.n, s.c, s.in, 16 / bytes_of(dtype), device);
+  const Tensor workspace = bytes_like(x, conv_pool_tensor_forward_workspace(dtype, s));
+  conv_pool_tensor_forward(dtype, s, units.map, input(w), of_bias, out, output(workspace), device.stream);
 }
 
 // y, and for a backward pass code and what is kept of the map: see operators.schema.
@@ -151,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   if (call.average) {
     const Tensor map = empty_map(x, s.n, s.k, s.conv);
     if (y.numel() > 0) {
-      run_forward(without_pool(s), x, weight, bias, {output_map(map), {}, {}}, device);
+      run_forward(without_pool(s), x, weight, bias, call.high, {output_map(map), {}, {}}, device);
       conv_pool_average(dtype_of(x), s, input_map(map), output_map(y), device.stream);
     }
     const bool keeps = train && s.activation != Activation::kNone;
@@ -161,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   const Tensor code = train ? empty_map(x, s.n, s.k, s.out, ScalarType::Byte) : none;
   const Tensor kept = keeps ? empty_map(x, s.n, s.k, s.out) : none;
   if (y.numel() > 0)
-    run_forward(s, x, weight, bias,
+    run_forward(s, x, weight, bias, call.high,
                 {output_map(y), train ? output_map(code) : Map{}, keeps ? output_map(kept) : Map{}}, device);
   return {y, code, kept};
 }
@@ -219,6 +250,43 @@ Tensor gradient_of_map(const Call& call, const Tensor& grad_y, const Tensor& x, 
   return grad;
 }
 
+// What a backward writes; null where nobody asked.
+struct Gradients {
+  Map x;
+  void *weight, *bias;
+  bool any_of_weights() const { return weight != nullptr || bias != nullptr; }
+};
+
+void run_backward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, Map grad, Map code,
+                  const Gradients& gradients, const Device& device) {
+  const DType dtype = dtype_of(x);
+  if (gradients.x.data) conv_pool_grad_x(dtype, s, grad, code, input(weight), gradients.x, device.stream);
+  if (!gradients.any_of_weights() || s.k == 0) return;
+  const Tensor workspace = empty_like_of(x, {conv_pool_grad_weight_workspace(s)}, accumulator_type(x));
+  conv_pool_grad_weight(dtype, s, grad, code, input_map(x), output(workspace), gradients.weight,
+                        gradients.bias, device.stream);
+}
+
+void run_tensor_backward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, Map grad, Map code,
+                         const Gradients& gradients, const Device& device) {
+  const DType dtype = dtype_of(x);
+  const int bytes = bytes_of(dtype), of_unit = 16 / bytes;
+  const Units grads = in_units(x, bytes, grad, s.n, s.k, s.out, of_unit, device);
+  const Units codes = in_units(x, 1, code, s.n, s.k, s.out, of_unit, device);
+  if (gradients.x.data) {
+    const Tensor workspace = bytes_like(x, conv_pool_tensor_grad_x_workspace(dtype, s));
+    conv_pool_tensor_grad_x(dtype, s, grads.map, codes.map, input(weight), gradients.x, output(workspace),
+                            device.stream);
+  }
+  if (!gradients.any_of_weights()) return;
+  Units pixels{input_map(x), std::nullopt};
+  if (conv_pool_tensor_reads_units(s))
+    pixels = in_units(x, bytes, pixels.map, s.n, s.c, s.in, of_unit, device);
+  const Tensor workspace = empty_like_of(x, {conv_pool_tensor_grad_weight_workspace(s)}, ScalarType::Float);
+  conv_pool_tensor_grad_weight(dtype, s, grads.map, codes.map, pixels.map, output(workspace),
+                               gradients.weight, gradients.bias, device.stream);
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     const Tensor& code_of_y, const OptionalTensor& kept, const Ints& stride, const Ints& padding,
@@ -238,21 +306,17 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
   const Tensor zero = torch::stable::new_zeros(x, {1}, ScalarType::Byte);
   const Map code = call.average ? Map{const_cast<void*>(input(zero)), 0, 0, 0, 0} : input_map(code_of_y);
 
+  const bool need_bias_too = need_bias && bias;
   Tensor grad_x = nothing(x);
-  if (need_x) {
-    grad_x = empty_map(x, s.n, s.c, s.in);
-    const Tensor w = dense(weight);
-    if (grad_x.numel() > 0)
-      conv_pool_grad_x(dtype, s, input_map(grad), code, input(w), output_map(grad_x), device.stream);
-  }
   OptionalTensor grad_weight, grad_bias;
+  if (need_x) grad_x = empty_map(x, s.n, s.c, s.in);
   if (need_weight) grad_weight = empty_like_of(weight, {s.k, s.c / s.groups, s.kernel.h, s.kernel.w});
-  if (need_bias && bias) grad_bias = empty_like_of(weight, {s.k});
-  if ((grad_weight || grad_bias) && s.k > 0) {
-    const Tensor workspace = empty_like_of(x, {conv_pool_grad_weight_workspace(s)}, accumulator_type(x));
-    conv_pool_grad_weight(dtype, s, input_map(grad), code, input_map(x), output(workspace),
-                          output(grad_weight), output(grad_bias), device.stream);
-  }
+  if (need_bias_too) grad_bias = empty_like_of(weight, {s.k});
+  const Tensor w = dense(weight);
+  const Gradients gradients{need_x && grad_x.numel() > 0 ? output_map(grad_x) : Map{}, output(grad_weight),
+                            output(grad_bias)};
+  (on_tensor_cores(s, dtype, false) && grad.numel() > 0 ? run_tensor_backward : run_backward)(
+      s, x, w, input_map(grad), code, gradients, device);
   return {grad_x, grad_weight.value_or(nothing(x)), grad_bias.value_or(nothing(x))};
 }
 

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 4 : 2)
   A* keys = shared_memory<A>() + tid;
   if (has_keys(s.activation)) {
     block_barrier();  // the operands have been read
-    compute_keys(s.activation, sum, keys, kTileThreads);
+    compute_keys<kOut * 8>(s.activation, [&](int i) { return sum[i]; }, keys, kTileThreads);
   }
   const int block_y = tile_y * Tile::kRows + row, block_x = tile_x * Tile::kCols + 2 * pair;
   with_block_windows(s.pool, [&](auto windows) {

@@ -44,11 +44,11 @@ constexpr bool has_keys(Activation a) { return a != Activation::kNone && a != Ac
 // The keys of a thread's kCount accumulators, in shared memory [kCount][threads]: only the thread itself
 // reads its column. In registers they would cost as many as the accumulators, and one copy of every
 // activation each. The caller makes sure that nobody still uses the memory.
-template <typename A, int kCount>
-__device__ __forceinline__ void compute_keys(Activation activation, const A (&sum)[kCount], A* column,
+template <int kCount, typename A, typename Value>
+__device__ __forceinline__ void compute_keys(Activation activation, const Value& value, A* column,
                                              int threads) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) column[i * threads] = sum[i];
+  for (int i = 0; i < kCount; ++i) column[i * threads] = value(i);
 #pragma unroll 1
   for (int i = 0; i < kCount; ++i) column[i * threads] = activate(activation, column[i * threads]);
 }

@@ -116,8 +116,8 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[kTiles][4], const un
   for (int i = 0; i < kTiles; ++i) {
     if (i >= tiles) continue;
     const Words4 w = weights(i);
-    mma<E>(acc[i], {low.v[0], high.v[0], low.v[1], high.v[1]}, {w.v[0], w.v[1]});
-    mma<E>(acc[i], {low.v[2], high.v[2], low.v[3], high.v[3]}, {w.v[2], w.v[3]});
+    mma<E>(acc[i], low.v[0], high.v[0], low.v[1], high.v[1], w.v[0], w.v[1]);
+    mma<E>(acc[i], low.v[2], high.v[2], low.v[3], high.v[3], w.v[2], w.v[3]);
   }
 }
 

@@ -87,6 +87,23 @@ CONVS = {
 }
 
 
+# Several chunks of channels, tiles of channels and tiles of the map; channels in no whole units of 16 bytes.
+TENSOR_CONVS = {
+    "chunks": Conv((1, 70, 9, 11), 40, padding=(1, 1)),
+    "chunks_nhwc": Conv((2, 72, 6, 7), 24, padding=(0, 0), channels_last=True, ceil_mode=True),
+    "tiles": Conv((1, 5, 18, 68), 33, padding=(2, 2), bias=False),
+    "tiles_nhwc": Conv((1, 8, 38, 12), 80, channels_last=True),
+    "two_rows": Conv((1, 8, 20, 9), 16, pool=(2, 1), pool_stride=(2, 1), channels_last=True, ceil_mode=True),
+    "two_columns": Conv((2, 9, 5, 13), 70, pool=(1, 2), pool_stride=(1, 2)),
+    "no_pool": Conv((2, 6, 7, 9), 20, pool=(1, 1), pool_stride=(1, 1), activation="none"),
+    "average": Conv((1, 8, 8, 9), 8, kind="avg", activation="relu6", channels_last=True),
+    "one_channel": Conv((2, 1, 17, 35), 33),
+    "two_channels": Conv((1, 2, 12, 13), 40, padding=(0, 2), channels_last=True),
+    "three_channels": Conv((1, 3, 20, 9), 8, pool=(2, 1), pool_stride=(2, 1), bias=False),
+    "four_channels": Conv((2, 4, 6, 9), 9, pool=(1, 2), pool_stride=(1, 2), ceil_mode=True),
+}
+
+
 def small_integers(shape):
     """-1, 0, 1: every sum is exact in every dtype, and ties are frequent."""
     return torch.randint(-1, 2, tuple(shape)).double()
@@ -100,15 +117,15 @@ def gradients(output, grad_output, inputs):
     return torch.autograd.grad(output, inputs, grad_output, allow_unused=True)
 
 
-def run_conv(ops, device, case, dtype, x, weight, bias, grad_y):
+def run_conv(ops, device, case, dtype, x, weight, bias, grad_y, precision="highest"):
     """The operators' (y, code, grad_x, grad_weight, grad_bias)."""
     x, weight, grad_y = (t.to(device, dtype) for t in (x, weight, grad_y))
     bias = None if bias is None else bias.to(device, dtype)
     if case.channels_last:
         x = x.to(memory_format=torch.channels_last)
-    y, code, kept = ops.conv_pool2d_train(x, weight, bias, *case.arguments)
+    y, code, kept = ops.conv_pool2d_train(x, weight, bias, *case.arguments, precision)
     assert y.stride() == torch.empty_like(y, memory_format=_layout(x)).stride()
-    inference = ops.conv_pool2d(x, weight, bias, *case.arguments)
+    inference = ops.conv_pool2d(x, weight, bias, *case.arguments, precision)
     torch.testing.assert_close(inference, y, rtol=0, atol=0, equal_nan=True)
     need_bias = bias is not None
     grads = ops.conv_pool2d_backward(
@@ -122,10 +139,10 @@ def _layout(x):
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
-def check_conv_exact(ops, device, case, dtype):
+def check_conv_exact(ops, device, case, dtype, precision="highest"):
     """On small integers every result is the oracle's, rounded once to dtype: ties fall as torch's do."""
     x, weight, bias, grad_y = case.draw(small_integers)
-    results = run_conv(ops, device, case, dtype, x, weight, bias, grad_y)
+    results = run_conv(ops, device, case, dtype, x, weight, bias, grad_y, precision)
     leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
     y = case.oracle(x, weight, bias)
     expected = (y, *gradients(y, grad_y, leaves))
@@ -148,14 +165,14 @@ ACTIVATED = {
 ACTIVATIONS = [name for name in reference.ACTIVATIONS if name not in ("none", "relu")]
 
 
-def check_conv_activation(ops, device, case, dtype):
+def check_conv_activation(ops, device, case, dtype, precision="highest"):
     """Operands whose convolution is exact, so that rounding decides no window; the error is torch's.
 
     Where float32 is rounded to dtype before the pool, as torch does and we do not, two values may tie for
     torch alone: gradients are compared in float32 and float64 only.
     """
     x, weight, bias, grad_y = case.draw(lambda shape: small_integers(shape) / 2)
-    got = run_conv(ops, device, case, dtype, x, weight, bias, grad_y)
+    got = run_conv(ops, device, case, dtype, x, weight, bias, grad_y, precision)
 
     def differentiated(dtype):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
@@ -179,7 +196,7 @@ def check_conv_indices(ops, device, case, dtype=torch.float32):
     assert torch.equal(winner_index(code.cpu(), conv.shape[3], *pool), want)
 
 
-def check_conv_nan(ops, device, case):
+def check_conv_nan(ops, device, case, dtype=torch.float32):
     """NaN wins a window, the last one of several, and keeps its gradient through relu; inf as any number.
 
     Only where a gradient is exactly zero we differ: torch's dense product gives 0 * NaN = NaN in grad_weight,
@@ -187,14 +204,14 @@ def check_conv_nan(ops, device, case):
     """
     x, weight, bias, grad_y = case.draw(small_integers)
     x[0, 0, 3, 4] = x[0, 0, 3, 6] = float("nan")
-    x[1, 1, 7, 2] = float("inf")
-    y, _, grad_x, _, grad_bias = run_conv(ops, device, case, torch.float32, x, weight, bias, grad_y)
+    x[1, -1, 7, 2] = float("inf")
+    y, _, grad_x, _, grad_bias = run_conv(ops, device, case, dtype, x, weight, bias, grad_y)
     oracle = case.oracle(x.requires_grad_(), weight, bias.requires_grad_())
     assert oracle.isnan().any()
     assert not oracle.isnan().all()
     expected = (oracle.detach(), *gradients(oracle, grad_y, (x, bias)))
     for got, want in zip((y, grad_x, grad_bias), expected, strict=True):
-        torch.testing.assert_close(got.cpu(), want.float(), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(got.cpu(), want.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def error(got, want):

@@ -128,9 +128,15 @@ def _multi_chunk(library, ops):
         cases.Conv((1, 9, 24, 24), 3, activation="silu"),
         cases.Conv((2, 9, 24, 24), 3, ceil_mode=True, pool=(3, 3)),
     ]
-    for case in conv:
+    tensor = [
+        cases.Conv((1, 40, 4, 18), 40),
+        cases.Conv((1, 9, 8, 8), 9, activation="silu"),
+        cases.Conv((1, 3, 4, 18), 8),
+        cases.Conv((1, 3, 8, 8), 9, activation="silu"),
+    ]
+    for case, dtype in [*((c, torch.float32) for c in conv), *((c, torch.float16) for c in tensor)]:
         x, weight, bias, grad_y = case.draw(cases.small_integers)
-        cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, grad_y)
+        cases.run_conv(ops, "cpu", case, dtype, x, weight, bias, grad_y)
     for device, case in (
         (SM_90, cases.Rnn(3, 5, 3, 9)),
         (SM_90, cases.Rnn(3, 2, 3, 130)),
@@ -174,6 +180,24 @@ def test_conv_pool_exact_on_integers(ops, case, dtype):
     cases.check_conv_exact(ops, "cpu", case, dtype)
 
 
+TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the last as TF32
+
+
+@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.TENSOR_CONVS.values(), ids=cases.TENSOR_CONVS)
+def test_conv_pool_tensor_exact_on_integers(ops, case, dtype):
+    cases.check_conv_exact(ops, "cpu", case, dtype, "high")
+
+
+@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("channels", [3, 9])
+def test_conv_pool_tensor_activations(ops, channels, activation, channels_last, dtype):
+    case = cases.Conv((1, channels, 9, 12), 17, activation=activation, channels_last=channels_last)
+    cases.check_conv_activation(ops, "cpu", case, dtype, "high")
+
+
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", cases.ACTIVATIONS)
 @pytest.mark.parametrize("case", cases.ACTIVATED.values(), ids=cases.ACTIVATED)
@@ -191,6 +215,12 @@ def test_conv_pool_indices(ops, case, activation):
 @pytest.mark.parametrize("pool", [(2, 2), (3, 3)], ids=["3x3 kernel", "general kernel"])
 def test_conv_pool_nan_and_infinity(ops, activation, pool):
     cases.check_conv_nan(ops, "cpu", cases.Conv((2, 2, 13, 12), 3, activation=activation, pool=pool))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 9])
+def test_conv_pool_tensor_nan_and_infinity(ops, channels):
+    """What a fragment holds beyond its operands is multiplied by zero, and must be no infinity."""
+    cases.check_conv_nan(ops, "cpu", cases.Conv((2, channels, 13, 12), 3), torch.float16)
 
 
 @pytest.mark.parametrize("case", ["odd", "overlapping_pool"])

@@ -17,6 +17,7 @@ LARGE_CONVS = {
     "first_layer": cases.Conv((4, 3, 112, 112), 32),
     "deep": cases.Conv((2, 64, 57, 57), 64, channels_last=True),
     "many_channels": cases.Conv((2, 128, 28, 28), 130, padding=(0, 0)),
+    "two_channels": cases.Conv((3, 2, 61, 70), 70, channels_last=True),
 }
 LARGE_RNNS = {
     "h128": cases.Rnn(16, 33, 100, 128, d=2),
@@ -48,6 +49,30 @@ def test_conv_pool_exact_on_integers(ops, case, dtype):
 def test_conv_pool_large(ops, case):
     """Integers whose every sum is exact in float32: equal at any summation order."""
     cases.check_conv_exact(ops, "cuda", case, torch.float32)
+
+
+TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the last as TF32
+
+
+@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", (cases.TENSOR_CONVS | LARGE_CONVS).values(), ids=cases.TENSOR_CONVS | LARGE_CONVS
+)
+def test_conv_pool_tensor_exact_on_integers(ops, case, dtype):
+    cases.check_conv_exact(ops, "cuda", case, dtype, "high")
+
+
+@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS)
+@pytest.mark.parametrize("channels", [3, 9])
+def test_conv_pool_tensor_activations(ops, channels, activation, dtype):
+    case = cases.Conv((2, channels, 19, 22), 40, activation=activation)
+    cases.check_conv_activation(ops, "cuda", case, dtype, "high")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 9])
+def test_conv_pool_tensor_nan_and_infinity(ops, channels):
+    cases.check_conv_nan(ops, "cuda", cases.Conv((2, channels, 13, 12), 3), torch.float16)
 
 
 @pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
@@ -97,8 +122,10 @@ def test_cell(ops, case, cell, dtype):
 
 def _train_everything(ops):
     torch.manual_seed(0)
-    conv, rnn = LARGE_CONVS["first_layer"], LARGE_RNNS["h512"]
-    results = [*cases.run_conv(ops, "cuda", conv, torch.float32, *conv.draw(cases.normal))]
+    rnn, results = LARGE_RNNS["h512"], []
+    for dtype in (torch.float32, torch.float16):
+        for which in (LARGE_CONVS["first_layer"], LARGE_CONVS["deep"]):
+            results += cases.run_conv(ops, "cuda", which, dtype, *which.draw(cases.normal))
     for cell in CELLS:
         operands = cases._convert(rnn.draw(cell), "cuda", torch.float32)
         results += cases.rnn_train_and_backward(ops, cell, cases.WHOLE, operands)
@@ -177,9 +204,10 @@ def test_graph_capture(ops, dtype, t, n, h, rows):
         assert torch.equal(a, b)
 
 
-def test_graph_capture_of_conv_pool(ops):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_graph_capture_of_conv_pool(ops, dtype):
     conv = cases.CONVS["odd"]
-    image, weight, bias, _ = (t.float().cuda() for t in conv.draw(cases.normal))
+    image, weight, bias, _ = (t.to("cuda", dtype) for t in conv.draw(cases.normal))
 
     def step():
         y, code, _ = ops.conv_pool2d_train(image, weight, bias, *conv.arguments)

@@ -17,10 +17,15 @@ BUILD = ROOT / "build" / "cuda_emulation"
 
 HOST = ["cuda/conv_pool_cuda.cpp", "cuda/rnn_cuda.cpp"]
 KERNELS = [
-    "cuda/conv_pool_kernels.cu",
-    "cuda/rnn_kernels.cu",
-    "cuda/rnn_tensor_forward_kernels.cu",
-    "cuda/rnn_tensor_backward_kernels.cu",
+    f"cuda/{name}_kernels.cu"
+    for name in (
+        "conv_pool",
+        "conv_pool_tensor",
+        "conv_pool_tensor_grad",
+        "rnn",
+        "rnn_tensor_forward",
+        "rnn_tensor_backward",
+    )
 ]
 KERNELS += [f"tests/cuda_emulation/{name}.cu" for name in ("fragments", "planted_bugs")]
 EMULATOR = [

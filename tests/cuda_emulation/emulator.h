@@ -4,10 +4,9 @@
 // after the other. The order is adversarial: a block and a warp of it, drawn at random, run until stuck.
 // Every load and store of the kernels (the compiler's -fsanitize=thread calls, answered by memory_checks.cpp
 // instead of libtsan) is checked for
-//   races           two accesses to a cell (an element, at most 4 bytes), one a write, of which neither
-//   happens
-//                   before the other: lanes of a warp are ordered by barriers alone, warps also by what one
-//                   released (a push, a signal) and the other waited for
+//   races           two accesses to a cell (an element, at most 4 bytes; of shared memory 2), one a write,
+//                   of which neither happens before the other: lanes of a warp are ordered by barriers alone,
+//                   warps also by what one released (a push, a signal) and the other waited for
 //   bounds          only tensors that were announced, the cluster's shared memory and the thread's stack
 //   uninitialised   shared memory read before any thread wrote it (it is also filled with 0xFF, a NaN)
 //   lifetime        another block's shared memory before it has begun or after it has returned

@@ -1,6 +1,7 @@
-// One product of 16x8 outputs by a warp, to test the fragments of primitives_mma.cuh.
+// One product of 16x8 outputs by a warp, to test primitives_mma.cuh and primitives_tiles.cuh.
 
 #include "primitives_mma.cuh"
+#include "primitives_tiles.cuh"
 
 namespace cnnrnn::cuda {
 namespace {
@@ -24,7 +25,8 @@ __global__ void product(const uint32_t* a, const uint32_t* b, float* d, bool loa
     for (int r = 0; r < 4; ++r) fragment[r] = shared[(g + 8 * (r % 2)) * kWordsOfRow + t + 4 * (r / 2)];
   }
   float sum[4] = {};
-  mma<T>(sum, fragment, {b[g * kWordsOfRow + t], b[g * kWordsOfRow + t + 4]});
+  mma<T>(sum, fragment[0], fragment[1], fragment[2], fragment[3], b[g * kWordsOfRow + t],
+         b[g * kWordsOfRow + t + 4]);
   for (int r = 0; r < 4; ++r) d[(g + 8 * (r / 2)) * 8 + 2 * t + r % 2] = sum[r];
 }
 

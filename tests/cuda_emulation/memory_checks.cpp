@@ -166,8 +166,10 @@ void set_fibers(const void* begin, size_t bytes) { fibers = make_range(begin, by
 void set_stack(const void* begin, size_t bytes) { stack = make_range(begin, bytes); }
 void set_shared(const void* begin, size_t bytes, size_t stride, uint32_t first, uint32_t blocks) {
   shared.clear();
-  for (uint32_t rank = 0; rank < blocks; ++rank)
+  for (uint32_t rank = 0; rank < blocks; ++rank) {
     shared.push_back(make_range(static_cast<const char*>(begin) + rank * stride, bytes));
+    shared.back().cell = 2;
+  }
   first_block = first;
 }
 void set_launch_frame(const void* frame) {

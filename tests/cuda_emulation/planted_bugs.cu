@@ -2,6 +2,7 @@
 
 #include "primitives_async.cuh"
 #include "primitives_mma.cuh"
+#include "primitives_tiles.cuh"
 
 namespace cnnrnn::cuda {
 namespace {
@@ -154,7 +155,7 @@ __global__ void mma_orders_nothing(int* data, bool sound) {
   shared[threadIdx.x] = data[threadIdx.x];
   if (sound) block_barrier();
   float d[4] = {};
-  mma<Half>(d, {0, 0, 0, 0}, {0, 0});
+  mma<Half>(d, 0, 0, 0, 0, 0, 0);
   data[threadIdx.x] = shared[threadIdx.x ^ 1];
 }
 

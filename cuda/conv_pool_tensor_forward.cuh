@@ -1,0 +1,162 @@
+// conv_pool forward on tensor cores, many channels: see conv_pool_tensor.cuh for the tiles.
+#pragma once
+
+#include "conv_pool_tensor.cuh"
+
+namespace cnnrnn::cuda {
+namespace {
+
+// Which tile a block of the grid makes. The channel tiles of one place are neighbours in the grid: they read
+// the same pixels.
+template <int kWide>
+struct TilePlace {
+  int64_t n;
+  int tile_k, block_y, block_x;  // block_*: its first 2x2 block
+  __device__ __forceinline__ TilePlace(Size2 blocks, int tiles_k) {
+    const int tiles_x = ceil_div(blocks.w, Halo<kWide>::kBlocksX);
+    const int tiles_y = ceil_div(blocks.h, Halo<kWide>::kBlocksY);
+    tile_k = blockIdx.x % tiles_k;
+    const unsigned tile = blockIdx.x / tiles_k;
+    block_x = tile % tiles_x * Halo<kWide>::kBlocksX;
+    block_y = tile / tiles_x % tiles_y * Halo<kWide>::kBlocksY;
+    n = tile / tiles_x / tiles_y;
+  }
+};
+
+// Begins to copy a chunk of the weights. `packed` is that of the tile and chunk.
+template <int kTiles>
+__device__ __forceinline__ void copy_weights(unsigned char* weights, const unsigned char* packed) {
+#pragma unroll
+  for (int i = threadIdx.x; i < kWeightBytes<kTiles> / kUnitBytes; i += kTensorThreads)
+    async_copy(weights + i * kUnitBytes, packed + i * kUnitBytes, true);
+}
+
+// Begins to copy the pixels of a chunk; x has adjacent channels and starts of pixels that are multiples of 16
+// bytes.
+template <typename T, int kWide>
+__device__ __forceinline__ void copy_pixels(unsigned char* halo, const ConvPoolShape& s, const Map& x,
+                                            const TilePlace<kWide>& place, int chunk) {
+  using Tile = Halo<kWide>;
+  constexpr int kOfUnit = kUnitBytes / sizeof(T);
+  const int in_y = 2 * place.block_y - s.padding.h, in_x = 2 * place.block_x - s.padding.w;
+  const T* image = at<const T>(x, place.n, 0, 0, 0);
+  for (int i = threadIdx.x; i < Tile::kRows * Tile::kCols * kUnits; i += kTensorThreads) {
+    const int unit = i % kUnits, col = i / kUnits % Tile::kCols, row = i / kUnits / Tile::kCols;
+    const int h = in_y + row, w = in_x + col, c = (chunk * kUnits + unit) * kOfUnit;
+    const bool inside = h >= 0 && h < s.in.h && w >= 0 && w < s.in.w && c < s.c;
+    async_copy(halo + Tile::offset(row, col, unit), inside ? image + h * x.h + w * x.w + c : image, inside);
+  }
+}
+
+// values[i] to channel k + i of a pixel, of which there are `outputs`; one wide store where alignment
+// permits.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_channels(const Map& map, int64_t n, int k, int h, int w, int outputs,
+                                               const T (&values)[kCount]) {
+  constexpr int kOfPack = sizeof(T) * kCount < 16 ? kCount : 16 / sizeof(T);
+  T* to = at<T>(map, n, k, h, w);
+  if (map.c == 1 && (map.n | map.h | map.w) % kCount == 0 && k + kCount <= outputs) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kOfPack) {
+      Pack<T, kOfPack> pack;
+#pragma unroll
+      for (int j = 0; j < kOfPack; ++j) pack.v[j] = values[i + j];
+      *pack_at<Pack<T, kOfPack>>(to + i) = pack;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (k + i < outputs) to[i * map.c] = values[i];
+}
+
+// Bias, activation and pool of a thread's sums. keys: this thread's column of kTensorThreads, unused unless
+// has_keys().
+template <typename T, int kTiles, int kWide>
+__device__ __forceinline__ void finish_blocks(const ConvPoolShape& s, const T* bias, BlockSums<kTiles>& sum,
+                                              float* keys, const TilePlace<kWide>& place,
+                                              const ConvPoolResults& out) {
+  constexpr int kOwned = 2 * kTiles;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int k_begin = place.tile_k * 8 * kTiles + lane % 4 * kOwned;
+  // Channel i of one position of the thread's first or second 2x2 block stands in this register.
+  const auto register_of = [](int i, int half) { return 2 * half + i % 2; };
+  if (bias) {
+#pragma unroll
+    for (int i = 0; i < kOwned; ++i) {
+      const float b = k_begin + i < s.k ? widen(bias[k_begin + i]) : 0.0f;
+#pragma unroll
+      for (int position = 0; position < 4; ++position)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) sum[position][i / 2][register_of(i, half)] += b;
+    }
+  }
+  if (has_keys(s.activation))
+    compute_keys<4 * kTiles * 4>(
+        s.activation, [&](int i) { return sum[i / (kTiles * 4)][i / 4 % kTiles][i % 4]; }, keys,
+        kTensorThreads);
+  with_block_windows(s.pool, [&](auto windows) {
+    using Windows = decltype(windows);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Size2 block = block_of_row<kWide>(warp, lane / 4 + 8 * half);
+      const int block_y = place.block_y + block.h, block_x = place.block_x + block.w;
+#pragma unroll
+      for (int window = 0; window < Windows::kCount; ++window) {
+        const int h = block_y * Windows::kDown + window / Windows::kAcross;
+        const int w = block_x * Windows::kAcross + window % Windows::kAcross;
+        if (h >= s.out.h || w >= s.out.w) continue;
+        T y[kOwned], kept[kOwned];
+        uint8_t code[kOwned];
+#pragma unroll
+        for (int i = 0; i < kOwned; ++i) {
+          const auto value = [&](int dy, int dx) { return sum[2 * dy + dx][i / 2][register_of(i, half)]; };
+          const auto key = [&](int dy, int dx) {
+            const int place_of_key = ((2 * dy + dx) * kTiles + i / 2) * 4 + register_of(i, half);
+            return has_keys(s.activation) ? keys[place_of_key * kTensorThreads] : value(dy, dx);
+          };
+          const auto winner = Windows::template winner<float>(s, window, block_y, block_x, key, value);
+          y[i] = narrow_to<T>(winner.key);
+          kept[i] = narrow_to<T>(winner.value);
+          code[i] = static_cast<uint8_t>(winner.code);
+        }
+        store_channels(out.y, place.n, k_begin, h, w, s.k, y);
+        if (out.code.data) store_channels(out.code, place.n, k_begin, h, w, s.k, code);
+        if (out.kept.data) store_channels(out.kept, place.n, k_begin, h, w, s.k, kept);
+      }
+    }
+  });
+}
+
+template <typename T, int kTiles, int kWide>
+__global__ void __launch_bounds__(kTensorThreads, 1)
+    tensor_forward(ConvPoolShape s, Map x, const unsigned char* packed, const T* bias, ConvPoolResults out) {
+  auto* shared = shared_memory<unsigned char>();  // two stages
+  const TensorGrid grid = tensor_grid<T, kTiles>(s.c, s.k);
+  const TilePlace<kWide> place(blocks_of(s), grid.tiles_k);
+  packed += int64_t(place.tile_k) * grid.chunks * kWeightBytes<kTiles>;
+  const auto begin_copies = [&](int chunk) {
+    unsigned char* stage = shared + chunk % 2 * kStageBytes<kTiles, kWide>;
+    copy_pixels<T>(stage, s, x, place, chunk);
+    copy_weights<kTiles>(stage + Halo<kWide>::kBytes, packed + int64_t(chunk) * kWeightBytes<kTiles>);
+  };
+
+  BlockSums<kTiles> sum;
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles * 4; ++i) sum[i / (kTiles * 4)][i / 4 % kTiles][i % 4] = 0.0f;
+  begin_copies(0);
+  for (int chunk = 0; chunk < grid.chunks; ++chunk) {
+    async_commit();
+    async_wait<0>();
+    block_barrier();  // this chunk has landed, and the stage of the one before has been read
+    if (chunk + 1 < grid.chunks) begin_copies(chunk + 1);
+    const unsigned char* stage = shared + chunk % 2 * kStageBytes<kTiles, kWide>;
+    multiply_chunk<T, kTiles, kWide>(sum, stage, stage + Halo<kWide>::kBytes, threadIdx.x / 32,
+                                     threadIdx.x % 32);
+  }
+  if (has_keys(s.activation)) block_barrier();  // the last stage has been read
+  finish_blocks<T, kTiles, kWide>(s, bias, sum, shared_memory<float>() + threadIdx.x, place, out);
+}
+
+}  // namespace
+}  // namespace cnnrnn::cuda

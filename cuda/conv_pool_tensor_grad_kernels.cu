@@ -1,0 +1,76 @@
+// Entry points of the conv_pool backward on tensor cores: element type and tile are chosen here.
+
+#include "conv_pool_reduce.cuh"
+#include "conv_pool_tensor_grad_weight_few.cuh"
+#include "conv_pool_tensor_launch.cuh"
+
+namespace cnnrnn::cuda {
+namespace {
+
+template <typename T>
+MapGradient<T> map_gradient(const ConvPoolShape& s, Map grad, Map code) {
+  return {grad, code, s.pool, s.out, s.k};
+}
+
+// At least four patches a slice and at most 256 blocks, as long as the partial sums stay below 64 MB.
+int slices_of_weights(const ConvPoolShape& s) {
+  const int64_t tiles = int64_t(ceil_div(s.k, kGradChannels)) * ceil_div(s.c, kGradChannels);
+  const int64_t wanted = ceil_div(patch_grid(s, 1).patches, int64_t(4));
+  const int64_t fit = (int64_t(1) << 24) / (int64_t(s.k) * (s.c * kTaps + 1));
+  return static_cast<int>(std::max(int64_t(1), std::min({wanted, fit, 256 / tiles})));
+}
+
+}  // namespace
+
+int64_t conv_pool_tensor_grad_x_workspace(DType dtype, const ConvPoolShape& s) {
+  const ConvPoolShape t = gradient_shape(s);
+  int64_t bytes = 0;
+  with_half_type(dtype, [&](auto zero) {
+    with_tile(t.k, blocks_of(t),
+              [&](auto tiles, auto) { bytes = packed_weights_bytes<decltype(zero), tiles.value>(t.c, t.k); });
+  });
+  return bytes;
+}
+
+void conv_pool_tensor_grad_x(DType dtype, const ConvPoolShape& s, Map grad, Map code, const void* weight,
+                             Map grad_x, void* workspace, void* stream) {
+  const ConvPoolShape t = gradient_shape(s);
+  with_half_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_tile(t.k, blocks_of(t), [&](auto tiles, auto wide) {
+      constexpr int kTiles = tiles.value, kWide = wide.value;
+      launch_pack_weights<true, T, kTiles>(weight, t.c, t.k, workspace, stream);
+      const int tiles_k = tensor_grid<T, kTiles>(t.c, t.k).tiles_k;
+      launch(tensor_grad_x<T, kTiles, kWide>, dim3(tile_blocks<kWide>(t.n, blocks_of(t), tiles_k)),
+             kTensorThreads, 2 * kStageBytes<kTiles, kWide>, stream, t, map_gradient<T>(s, grad, code),
+             static_cast<const unsigned char*>(workspace), ConvPoolResults{grad_x, {}, {}});
+    });
+  });
+}
+
+int64_t conv_pool_tensor_grad_weight_workspace(const ConvPoolShape& s) {
+  return int64_t(slices_of_weights(s)) * s.k * (s.c * kTaps + 1);
+}
+
+void conv_pool_tensor_grad_weight(DType dtype, const ConvPoolShape& s, Map grad, Map code, Map x,
+                                  void* workspace, void* grad_weight, void* grad_bias, void* stream) {
+  with_half_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int slices = slices_of_weights(s);
+    auto* partial = static_cast<float*>(workspace);
+    const MapGradient<T> map = map_gradient<T>(s, grad, code);
+    const dim3 grid(ceil_div(s.k, kGradChannels), ceil_div(s.c, kGradChannels), slices);
+    if (s.c <= kMostFewChannels) {
+      with_few_channels(s.c, [&](auto c) {
+        launch(tensor_grad_weight_few<T, c.value>, grid, kTensorThreads, FewGradient<c.value>::kSharedBytes,
+               stream, s, map, x, slices, partial);
+      });
+    } else {
+      launch(tensor_grad_weight<T>, grid, kTensorThreads, 2 * kGradStageBytes, stream, s, map, x, slices,
+             partial);
+    }
+    launch_reduce_slices<T>(partial, slices, s.k, s.c * kTaps, grad_weight, grad_bias, stream);
+  });
+}
+
+}  // namespace cnnrnn::cuda
