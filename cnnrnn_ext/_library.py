@@ -20,10 +20,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FULL = (torch.float32, torch.float64)
 
 # What has kernels: for each public function its operator, and the dtypes that the kernels of a device take.
-# (functional casts half precision to float32 and back around the recurrent CPU kernels.)
+# (functional casts float16, and for cells bfloat16, to float32 and back around the recurrent CPU kernels.)
 # What is missing here runs on the reference.
 COVERAGE = {
-    "conv_pool2d": ("conv_pool2d", {"cpu": _FULL, "cuda": _FULL}),
+    "conv_pool2d": ("conv_pool2d", {"cpu": _FULL, "cuda": DTYPES}),
     "lstm": ("rnn", {"cpu": DTYPES, "cuda": DTYPES}),
     "gru": ("rnn", {"cpu": DTYPES, "cuda": DTYPES}),
     "rnn": ("rnn", {"cpu": DTYPES, "cuda": DTYPES}),

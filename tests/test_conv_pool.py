@@ -365,13 +365,21 @@ def test_uncovered_configuration_says_so(name):
         ({"pool": "avg"}, None),
         ({"activation": "gelu"}, None),
         ({"activation": "tanh", "return_indices": True}, None),
+        ({"dtype": torch.float16}, None),
+        (
+            {"dtype": torch.float16, "pool_size": 3},
+            "torch.float16 has a CUDA kernel only for 3x3, stride 1 and windows of 1 or 2 side by side",
+        ),
     ],
 )
 def test_what_cuda_kernels_cover(options, reason):
     """On tensors without data: what has no kernel is composed and says why."""
     with FakeTensorMode(), cx.trace() as log:
-        x, weight = (torch.empty(shape, device="cuda") for shape in ((1, 3, 12, 12), (4, 3, 3, 3)))
-        y = cx.functional.conv_pool2d(x, weight, **options)
+        dtype = options.get("dtype", torch.float32)
+        x, weight = (
+            torch.empty(shape, device="cuda", dtype=dtype) for shape in ((1, 3, 12, 12), (4, 3, 3, 3))
+        )
+        y = cx.functional.conv_pool2d(x, weight, **{k: v for k, v in options.items() if k != "dtype"})
     y = y[0] if options.get("return_indices") else y
     assert y.device.type == "cuda"
     (call,) = log

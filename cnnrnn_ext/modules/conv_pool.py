@@ -46,7 +46,7 @@ class _ConvPool(ShortCall):
             weight = weight.unsqueeze(-2)
             conv = [(extra, *sizes) for extra, sizes in zip((1, 0, 1), conv, strict=True)]
             pool = [(extra, *sizes) for extra, sizes in zip((1, 1, 0), pool, strict=True)]
-        if conv_pool2d_uncovered(weight, weight, (*conv, self.groups), self.activation, self.pool, pool[0]):
+        if conv_pool2d_uncovered(weight, weight, (*conv, self.groups), self.activation, self.pool, pool):
             return False
         return *conv, self.groups, self.activation, self.pool, *pool, self.ceil_mode, self.precision
 
