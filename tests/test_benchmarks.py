@@ -1,6 +1,7 @@
 """The benchmarks: cases, the checking of every contender, and what a report may not hide."""
 
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: an installed cnnrnn_ext keeps its place
 
-from benchmarks import cases, limits, measure, peers, plot, report, scaling
+from benchmarks import cases, gpu_conv_pool, limits, measure, peers, plot, report, scaling
 from benchmarks.peers import OURS, STOCK
 from cnnrnn_ext import _timing
 
@@ -377,3 +378,58 @@ def test_limit_loops_do_the_work_they_are_timed_for():
     assert library.fma_loop(1) == pytest.approx(0.001 * flop / 2)  # every lane of every chain: 0 * x + 0.001
     ones = limits._aligned_ones(1 << 16)
     assert library.read_loop(ones.ctypes.data, ones.size, 3) == 3 * ones.size  # every float read three times
+
+
+# ---- on a GPU ----
+
+
+def test_gpu_grid_of_conv_pool(monkeypatch, tmp_path):
+    """The program runs from case to table, on the CPU: every record is checked, and its costs are right."""
+    case = cases.ConvPoolCase(2, 4, 9, 5, padding=1)
+    monkeypatch.setattr(gpu_conv_pool, "grid", lambda quick: [case])
+    options = [
+        "--device",
+        "cpu",
+        "--no-compile",
+        "--rounds",
+        "2",
+        "--precision",
+        "fp32",
+        "--out",
+        str(tmp_path),
+    ]
+    gpu_conv_pool.main(options)
+    (path,) = tmp_path.glob("*.json")
+    forward, training = json.loads(path.read_text())["records"]
+    assert forward["kernel"].startswith("cpu")
+    assert set(forward["seconds"]) == {
+        "ours", "ours, channels_last", "eager", "eager, channels_last", "eager again",
+    }  # fmt: skip
+    assert forward["flop"] == 2 * 2 * 5 * 4 * 9 * 9 * 9
+    assert training["flop"] == 3 * forward["flop"]
+    x, weights, y = 2 * 4 * 9 * 9, 5 * 4 * 9, 2 * 5 * 4 * 4
+    assert forward["least_bytes"] == 4 * (x + weights + y)
+    assert training["least_bytes"] == 4 * (3 * x + 3 * weights + 2 * y) + 2 * y
+    assert f"| {case.name} | fp32 | training |" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".png").exists()
+
+
+def test_gpu_grid_tells_a_wrong_result(monkeypatch):
+    case = cases.ConvPoolCase(1, 2, 8, 3)
+    monkeypatch.setattr(cases.ConvPoolCase, "ours", lambda self, stock: _Halved(self.block.ours(stock)))
+    args = gpu_conv_pool.parse(["--device", "cpu", "--no-compile"])
+    record = gpu_conv_pool.measure(case, "fp32", "forward", args, gpu_conv_pool.HostTimer())
+    assert record["status"] == "wrong"
+    assert "seconds" not in record
+
+
+class _Halved(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def load_state_dict(self, state):
+        self.module.load_state_dict(state)
+
+    def forward(self, x):
+        return self.module(x) / 2
