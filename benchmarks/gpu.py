@@ -11,13 +11,15 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import cnnrnn_ext as cx
+
+from .gpu_timing import EventTimer, HostTimer
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CELLS = {"LSTM": (cx.LSTM, torch.nn.LSTM), "GRU": (cx.GRU, torch.nn.GRU)}
@@ -116,31 +118,6 @@ class Workload:
         """The largest difference between ours and torch.nn's outputs."""
         with torch.no_grad():
             return (self.output(OURS, self.inputs[0]) - self.output(STOCK, self.inputs[0])).abs().max().item()
-
-
-class EventTimer:
-    """Seconds of a call on the GPU: many are enqueued, then the host waits once."""
-
-    def time(self, calls: list[Callable[[], None]]) -> list[float]:
-        marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
-        for call, (start, end) in zip(calls, marks, strict=True):
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in marks]
-
-
-class HostTimer:
-    """The same by the host's clock, to try this program without a GPU."""
-
-    def time(self, calls: list[Callable[[], None]]) -> list[float]:
-        seconds = []
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        return seconds
 
 
 def measure(point: Point, phase: str, device: str, compiled: bool, rounds: int, timer) -> dict:

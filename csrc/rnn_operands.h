@@ -5,6 +5,7 @@
 #include <memory>
 #include <tuple>
 
+#include "batch_sizes.h"
 #include "cpu/capability.h"
 #include "halves.h"
 #include "rnn_lengths.h"
@@ -183,23 +184,6 @@ inline void check_sequence_element(const Tensor& x) {
 inline int64_t hidden_size(const Tensor& weight_hh) {
   check(weight_hh.dim() == 2, "weight_hh: expected shape [G*H, H], got ", shape(weight_hh));
   return weight_hh.size(1);
-}
-
-inline std::vector<int64_t> batch_sizes_of(const Tensor& sizes, int64_t rows) {
-  check(sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1 && sizes.is_cpu(),
-        "batch_sizes: expected [T] int64 on the CPU, got shape ", shape(sizes));
-  const Tensor values = dense(sizes);
-  const int64_t* size = data<int64_t>(values);
-  std::vector<int64_t> taken(size, size + values.numel());
-  int64_t sum = 0;
-  for (size_t t = 0; t < taken.size(); ++t) {
-    check(taken[t] >= 0 && (t == 0 || taken[t] <= taken[t - 1]),
-          "batch_sizes: expected sizes of at least 0, none larger than the one before, got ", taken[t],
-          " at step ", t);
-    sum += taken[t];
-  }
-  check(sum == rows, "batch_sizes: expected a sum of ", rows, ", the rows of x, got ", sum);
-  return taken;
 }
 
 inline std::unique_ptr<Lengths> lengths_of(const Tensor& lengths, int64_t batch, int64_t steps) {

@@ -16,17 +16,7 @@ ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda_emulation"
 
 HOST = ["cuda/conv_pool_cuda.cpp", "cuda/rnn_cuda.cpp"]
-KERNELS = [
-    f"cuda/{name}_kernels.cu"
-    for name in (
-        "conv_pool",
-        "conv_pool_tensor",
-        "conv_pool_tensor_grad",
-        "rnn",
-        "rnn_tensor_forward",
-        "rnn_tensor_backward",
-    )
-]
+KERNELS = sorted(f"cuda/{path.name}" for path in (ROOT / "cuda").glob("*_kernels.cu"))
 KERNELS += [f"tests/cuda_emulation/{name}.cu" for name in ("fragments", "planted_bugs")]
 EMULATOR = [
     f"tests/cuda_emulation/{name}.cpp"
