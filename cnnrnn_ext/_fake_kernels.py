@@ -46,8 +46,10 @@ def conv_pool2d_train(
     return image(pooled), image(pooled, torch.uint8), image(pooled) if activation in KEPT else none
 
 
-def conv_pool2d_backward(grad_y, x, weight, bias, code, kept, *config):
-    need_x, need_weight, need_bias = config[-3:]
+def conv_pool2d_backward(
+    grad_y, x, weight, bias, code, kept, stride, padding, dilation, groups, activation, pool,
+    pool_size, pool_stride, pool_padding, ceil_mode, need_x, need_weight, need_bias, precision="highest",
+):  # fmt: skip
     need_bias = need_bias and bias is not None
     layout = layout_of(x)
     none = x.new_empty(0)

@@ -4,53 +4,24 @@ What passes here is "emulated": logic, indexing, barriers and bounds. Nothing is
 rules, resource limits, fast-math instructions or speed.
 """
 
-import ctypes
 import re
-import sys
-from dataclasses import replace
-from pathlib import Path
 
 import _cuda_cases as cases
 import pytest
 import torch
+from _emulation import NO_SHARED_MEMORY, SM_80, SM_90, check_every_barrier_is_needed
 
 from cnnrnn_ext.functional._schedule import describe_plan
 
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
-import build as emulation_build
 
-
-@pytest.fixture(scope="module")
-def library():
-    reason = emulation_build.missing()
-    if reason:
-        pytest.skip(f"the emulation needs a C++ compiler: {reason}")
-    path = emulation_build.build()
-    torch.ops.load_library(str(path))
-    library = ctypes.CDLL(str(path))
-    library.run_planted.restype = ctypes.c_char_p
-    library.run_planted.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_bool]
-    library.run_fragments.restype = ctypes.c_char_p
-    library.run_fragments.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_bool]
-    library.emulator_device.argtypes = [ctypes.c_size_t, ctypes.c_uint, ctypes.c_uint]
-    library.emulator_drop_barrier.argtypes = [ctypes.c_char_p]
-    library.emulator_seen_barriers.restype = ctypes.c_char_p
-    return library
-
-
-# Shared memory of a block, blocks of the largest cluster, blocks that run at once
-SM_80, SM_90 = (163 * 1024, 0, 108), (227 * 1024, 8, 132)
-NO_SHARED_MEMORY = (0, 0, 1)  # to launchers that ask: no schedule with resident weights fits
+@pytest.fixture
+def library(emulation):
+    return emulation
 
 
 @pytest.fixture
-def ops(library):
-    library.emulator_seed(0)
-    library.emulator_device(*SM_90)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's idle threads would spin beside the emulator's one
-    yield torch.ops.cnnrnn_emulated
-    torch.set_num_threads(threads)
+def ops(emulated):
+    return emulated
 
 
 # ---- the emulator itself ----
@@ -121,22 +92,8 @@ def test_transposed_load(library):
     assert torch.equal(d, a.float() @ b.float().T)
 
 
-def _multi_chunk(library, ops):
-    """Runs every kernel that has barriers, so that each of its loops goes round at least twice."""
-    conv = [
-        cases.Conv((2, 9, 24, 24), 3),
-        cases.Conv((1, 9, 24, 24), 3, activation="silu"),
-        cases.Conv((2, 9, 24, 24), 3, ceil_mode=True, pool=(3, 3)),
-    ]
-    tensor = [
-        cases.Conv((1, 40, 4, 18), 40),
-        cases.Conv((1, 9, 8, 8), 9, activation="silu"),
-        cases.Conv((1, 3, 4, 18), 8),
-        cases.Conv((1, 3, 8, 8), 9, activation="silu"),
-    ]
-    for case, dtype in [*((c, torch.float32) for c in conv), *((c, torch.float16) for c in tensor)]:
-        x, weight, bias, grad_y = case.draw(cases.small_integers)
-        cases.run_conv(ops, "cpu", case, dtype, x, weight, bias, grad_y)
+def _every_schedule(library, ops):
+    """Runs every recurrent kernel that has barriers, so that each of its loops goes round at least twice."""
     for device, case in (
         (SM_90, cases.Rnn(3, 5, 3, 9)),
         (SM_90, cases.Rnn(3, 2, 3, 130)),
@@ -153,144 +110,7 @@ def _multi_chunk(library, ops):
 
 def test_every_barrier_is_needed(library, ops):
     """Without any one of the kernels' barriers the emulator reports a violation."""
-    library.emulator_seen_barriers()
-    _multi_chunk(library, ops)
-    sites = library.emulator_seen_barriers().decode().split()
-    assert len(sites) >= 30, sites
-    for site in sites:
-        library.emulator_drop_barrier(site.encode())
-        try:
-            with pytest.raises(
-                RuntimeError,
-                match=r"emulation: (race|uninitialised|access to a block that has|.*nobody initialised)",
-            ):
-                _multi_chunk(library, ops)
-        except pytest.fail.Exception:
-            pytest.fail(f"the barrier at {site} can be left out unnoticed")
-        finally:
-            library.emulator_drop_barrier(b"")
-
-
-# ---- conv_pool2d ----
-
-
-@pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases.CONVS.values(), ids=cases.CONVS)
-def test_conv_pool_exact_on_integers(ops, case, dtype):
-    cases.check_conv_exact(ops, "cpu", case, dtype)
-
-
-TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the last as TF32
-
-
-@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases.TENSOR_CONVS.values(), ids=cases.TENSOR_CONVS)
-def test_conv_pool_tensor_exact_on_integers(ops, case, dtype):
-    cases.check_conv_exact(ops, "cpu", case, dtype, "high")
-
-
-@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
-@pytest.mark.parametrize("activation", cases.ACTIVATIONS)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
-@pytest.mark.parametrize("channels", [3, 9])
-def test_conv_pool_tensor_activations(ops, channels, activation, channels_last, dtype):
-    case = cases.Conv((1, channels, 9, 12), 17, activation=activation, channels_last=channels_last)
-    cases.check_conv_activation(ops, "cpu", case, dtype, "high")
-
-
-@pytest.mark.parametrize("dtype", cases.ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("activation", cases.ACTIVATIONS)
-@pytest.mark.parametrize("case", cases.ACTIVATED.values(), ids=cases.ACTIVATED)
-def test_conv_pool_activations(ops, case, activation, dtype):
-    cases.check_conv_activation(ops, "cpu", replace(case, activation=activation), dtype)
-
-
-@pytest.mark.parametrize("activation", ["none", "relu", *cases.ACTIVATIONS])
-@pytest.mark.parametrize("case", [n for n, case in cases.ACTIVATED.items() if case.kind == "max"])
-def test_conv_pool_indices(ops, case, activation):
-    cases.check_conv_indices(ops, "cpu", replace(cases.ACTIVATED[case], activation=activation))
-
-
-@pytest.mark.parametrize("activation", ["relu", "none"])
-@pytest.mark.parametrize("pool", [(2, 2), (3, 3)], ids=["3x3 kernel", "general kernel"])
-def test_conv_pool_nan_and_infinity(ops, activation, pool):
-    cases.check_conv_nan(ops, "cpu", cases.Conv((2, 2, 13, 12), 3, activation=activation, pool=pool))
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 9])
-def test_conv_pool_tensor_nan_and_infinity(ops, channels):
-    """What a fragment holds beyond its operands is multiplied by zero, and must be no infinity."""
-    cases.check_conv_nan(ops, "cpu", cases.Conv((2, channels, 13, 12), 3), torch.float16)
-
-
-@pytest.mark.parametrize("case", ["odd", "overlapping_pool"])
-def test_conv_pool_random(ops, case):
-    case = cases.CONVS[case]
-    x, weight, bias, grad_y = case.draw(cases.normal)
-    y_got, _, *grads = cases.run_conv(ops, "cpu", case, torch.float64, x, weight, bias, grad_y)
-    y = case.oracle(*(t.requires_grad_() for t in (x, weight, bias)))
-    expected = (y, *cases.gradients(y, grad_y, (x, weight, bias)))
-    for got, want in zip((y_got, *grads), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
-def test_conv_pool_any_strides(ops):
-    case = cases.Conv((2, 3, 9, 8), 4)
-    x, weight, bias, grad_y = case.draw(cases.small_integers)
-    base = cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, grad_y)
-    spread = torch.zeros(2, 3, 18, 16, dtype=torch.float64)[:, :, ::2, ::2].copy_(x)
-    turned = weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-    expanded = grad_y[:, :1, :1, :1].expand_as(grad_y)
-    got = cases.run_conv(ops, "cpu", case, torch.float32, spread, turned, bias, grad_y)
-    for ours, want in zip(got, base, strict=True):
-        assert torch.equal(ours, want)
-    sums = cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, expanded)
-    dense = cases.run_conv(ops, "cpu", case, torch.float32, x, weight, bias, expanded.contiguous())
-    for ours, want in zip(sums, dense, strict=True):
-        assert torch.equal(ours, want)
-
-
-def test_conv_pool_empty_batch(ops):
-    case = cases.Conv((0, 3, 9, 8), 4)
-    y, code, grad_x, grad_weight, grad_bias = cases.run_conv(
-        ops, "cpu", case, torch.float32, *case.draw(cases.normal)
-    )
-    assert y.shape == code.shape == (0, 4, 4, 4)
-    assert grad_x.shape == (0, 3, 9, 8)
-    assert not grad_weight.any()
-    assert not grad_bias.any()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(activation="tan"), "activation: expected 'none' or the name of an activation, got 'tan'"),
-        (dict(kind="min"), "pool: the CUDA kernels cover 'max' and 'avg', got 'min'"),
-        (dict(pool=(16, 16)), "pool_size: expected at most 255 positions, got 16x16"),
-        (dict(padding=(-1, 0)), "padding: expected at least 0, got -1"),
-        (dict(stride=(1, 0)), "stride: expected at least 1, got 0"),
-        (dict(groups=2), "groups: expected a divisor of 3"),
-        (dict(dilation=(9, 9)), "the kernel .19 with dilation. is larger than the padded input"),
-        (dict(pool_padding=(2, 2)), "pool_padding: expected at most half"),
-    ],
-)
-def test_conv_pool_refuses(ops, change, message):
-    case = cases.Conv((1, 3, 9, 8), 4, **change)
-    with pytest.raises(RuntimeError, match=message):
-        ops.conv_pool2d(torch.zeros(1, 3, 9, 8), torch.zeros(4, 3, 3, 3), torch.zeros(4), *case.arguments)
-
-
-def test_conv_pool_refuses_shapes(ops):
-    arguments = cases.Conv((1, 3, 9, 8), 4).arguments
-    x, weight, bias = torch.zeros(1, 3, 9, 8), torch.zeros(4, 3, 3, 3), torch.zeros(4)
-    with pytest.raises(RuntimeError, match=r"x: expected shape \[N, C, H, W\], got \[3, 9, 8\]"):
-        ops.conv_pool2d(x[0], weight, bias, *arguments)
-    with pytest.raises(RuntimeError, match=r"weight: expected shape \[4, 3, 3, 3\], got \[4, 2, 3, 3\]"):
-        ops.conv_pool2d(x, weight[:, :2], bias, *arguments)
-    with pytest.raises(RuntimeError, match="weight and x must have the same dtype"):
-        ops.conv_pool2d(x, weight.double(), bias, *arguments)
-    with pytest.raises(RuntimeError, match="take float32, float64, float16 and bfloat16, got Int"):
-        ops.conv_pool2d(x.int(), weight.int(), bias.int(), *arguments)
+    check_every_barrier_is_needed(library, lambda: _every_schedule(library, ops), at_least=15)
 
 
 # ---- rnn ----
@@ -559,16 +379,13 @@ def test_cell_backward_refuses(ops, argument):
 @pytest.mark.parametrize("seed", range(3))
 def test_results_do_not_depend_on_the_schedule(library, ops, seed):
     torch.manual_seed(0)
-    case = cases.CONVS["odd"]
-    drawn = case.draw(cases.normal)
     rnn = cases.RNNS["odd"]
     operands = {cell: cases._convert(rnn.draw(cell), "cpu", torch.float32) for cell in CELLS}
 
     def run():
-        convolved = cases.run_conv(ops, "cpu", case, torch.float32, *drawn)
-        for cell in CELLS:
-            convolved += (*cases.rnn_train_and_backward(ops, cell, cases.WHOLE, operands[cell]),)
-        return convolved
+        return [
+            t for cell in CELLS for t in cases.rnn_train_and_backward(ops, cell, cases.WHOLE, operands[cell])
+        ]
 
     first = run()
     library.emulator_seed(1 + seed)

@@ -19,6 +19,14 @@ LARGE_CONVS = {
     "many_channels": cases.Conv((2, 128, 28, 28), 130, padding=(0, 0)),
     "two_channels": cases.Conv((3, 2, 61, 70), 70, channels_last=True),
 }
+# Convolutions that the tensor cores gather.
+LARGE_GATHERED = {
+    "resnet_stem": cases.Conv((4, 3, 112, 112), 64, (7, 7), (2, 2), (3, 3), pool=(3, 3), pool_padding=(1, 1)),
+    "strided": cases.Conv((2, 64, 57, 56), 130, (3, 3), (2, 2), channels_last=True),
+    "pointwise": cases.Conv((2, 128, 28, 28), 96, (1, 1), padding=(0, 0), pool=(1, 1), pool_stride=(1, 1)),
+    "sequences": cases.Conv((16, 60, 1, 500), 60, (1, 5), padding=(0, 0), pool=(1, 3), pool_stride=(1, 3)),
+    "groups": cases.Conv((2, 96, 30, 31), 64, (5, 5), padding=(2, 2), groups=4, pool=(3, 3)),
+}
 LARGE_RNNS = {
     "h128": cases.Rnn(16, 33, 100, 128, d=2),
     "h512": cases.Rnn(20, 17, 64, 512, d=2),
@@ -59,6 +67,14 @@ TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the last as TF
     "case", (cases.TENSOR_CONVS | LARGE_CONVS).values(), ids=cases.TENSOR_CONVS | LARGE_CONVS
 )
 def test_conv_pool_tensor_exact_on_integers(ops, case, dtype):
+    cases.check_conv_exact(ops, "cuda", case, dtype, "high")
+
+
+@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", (cases.GATHERED_CONVS | LARGE_GATHERED).values(), ids=cases.GATHERED_CONVS | LARGE_GATHERED
+)
+def test_conv_pool_gathered_exact_on_integers(ops, case, dtype):
     cases.check_conv_exact(ops, "cuda", case, dtype, "high")
 
 
@@ -124,8 +140,9 @@ def _train_everything(ops):
     torch.manual_seed(0)
     rnn, results = LARGE_RNNS["h512"], []
     for dtype in (torch.float32, torch.float16):
-        for which in (LARGE_CONVS["first_layer"], LARGE_CONVS["deep"]):
-            results += cases.run_conv(ops, "cuda", which, dtype, *which.draw(cases.normal))
+        for which in (*LARGE_CONVS.values(), *LARGE_GATHERED.values()):
+            for precision in ("highest", "high"):
+                results += cases.run_conv(ops, "cuda", which, dtype, *which.draw(cases.normal), precision)
     for cell in CELLS:
         operands = cases._convert(rnn.draw(cell), "cuda", torch.float32)
         results += cases.rnn_train_and_backward(ops, cell, cases.WHOLE, operands)
@@ -204,17 +221,43 @@ def test_graph_capture(ops, dtype, t, n, h, rows):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_graph_capture_of_conv_pool(ops, dtype):
-    conv = cases.CONVS["odd"]
-    image, weight, bias, _ = (t.to("cuda", dtype) for t in conv.draw(cases.normal))
+# (case, dtype, precision): the direct kernels, tensor cores on 3x3, gathered, few channels, several classes.
+CONVOLVED = {
+    "direct": (cases.CONVS["odd"], torch.float32, "highest"),
+    "tensor": (cases.CONVS["odd"], torch.float16, "highest"),
+    "tf32": (cases.CONVS["odd"], torch.float32, "high"),
+    "gathered": (cases.GATHERED_CONVS["overlapping"], torch.bfloat16, "highest"),
+    "few": (cases.GATHERED_CONVS["stem"], torch.float16, "highest"),
+    "strided": (cases.GATHERED_CONVS["five_strided"], torch.float32, "high"),
+    "average": (cases.GATHERED_CONVS["average"], torch.float16, "highest"),
+}
+
+
+@pytest.mark.parametrize(("case", "dtype", "precision"), CONVOLVED.values(), ids=CONVOLVED)
+def test_graph_capture_of_conv_pool(ops, case, dtype, precision):
+    drawn = [None if t is None else t.to("cuda", dtype) for t in case.draw(cases.normal)]
 
     def step():
-        y, code, _ = ops.conv_pool2d_train(image, weight, bias, *conv.arguments)
-        return [y, *ops.conv_pool2d_backward(
-            y, image, weight, bias, code, None, *conv.arguments, True, True, True)]  # fmt: skip
+        return list(cases.run_conv(ops, "cuda", case, dtype, *drawn, precision, check=False))
 
     for a, b in zip(*_captured(step), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("case", "dtype", "precision"), CONVOLVED.values(), ids=CONVOLVED)
+def test_current_stream_of_conv_pool(ops, case, dtype, precision):
+    """Forward and backward follow torch's current stream: what is enqueued before them is waited for."""
+    drawn = [None if t is None else t.to("cuda", dtype) for t in case.draw(cases.normal)]
+    want = cases.run_conv(ops, "cuda", case, dtype, *drawn, precision, check=False)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(drawn[0])
+        torch.cuda._sleep(50_000_000)
+        late.copy_(drawn[0])
+        got = cases.run_conv(ops, "cuda", case, dtype, late, *drawn[1:], precision, check=False)
+    stream.synchronize()
+    for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 
 
