@@ -58,6 +58,8 @@ CUDA_KERNEL_SOURCES = [
         "conv_pool",
         "conv_pool_tensor",
         "conv_pool_tensor_grad",
+        "conv_pool_tensor_gather",
+        "conv_pool_tensor_gather_grad",
         "rnn",
         "rnn_tensor_forward",
         "rnn_tensor_backward",

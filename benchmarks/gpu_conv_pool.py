@@ -2,8 +2,9 @@
 
 The CPU grid's shapes at 8 times the batch, in each precision. Before a case is timed its outputs are checked
 on the first images against torch.nn in float64: ours may err at most twice as much as torch's own. Beside
-each time stand the arithmetic that a dense convolution would have done in it, and the fewest bytes that must
-pass through memory.
+each time stand the arithmetic that a dense convolution would have done in it, the fewest bytes that must pass
+through memory, and what share of the time those take at the bandwidth of a plain copy, measured in the same
+run.
 """
 
 from __future__ import annotations
@@ -36,6 +37,14 @@ ROTATED_BYTES = 128 << 20  # of inputs that take turns: more than a second-level
 
 def grid(quick: bool) -> list[ConvPoolCase]:
     return [replace(case, n=BATCH_FACTOR * case.n) for case in CASES if case.quick or not quick]
+
+
+def copy_bandwidth(device: str, timer, rounds: int) -> float:
+    """Bytes a second, read and written, of copies of a tensor that no cache holds."""
+    source = torch.zeros((1 << 30) if device == "cuda" else (1 << 24), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)  # uncounted
+    return 2 * source.numel() / statistics.median(timer.time([lambda: target.copy_(source)] * rounds))
 
 
 def least_bytes(case: ConvPoolCase, phase: str, size: int) -> int:
@@ -153,18 +162,19 @@ def table(result: dict) -> str:
         "",
         f"torch {result['torch']}, cuDNN {result['cudnn']}, {result['date']}; "
         f"{len(result['records'])} records in {result['seconds']:.0f} s, {result['left_out']} left out by "
-        "the time limit. Times in ms; the ratio is the best peer's time over ours; TB/s: the fewest bytes "
-        "over our time.",
+        "the time limit. Times in ms; the ratio is the best peer's time over ours; TFLOP/s: of a dense "
+        "convolution in our time; floor: the fewest bytes, and the share of our time that they take at the "
+        f"{result['bandwidth'] / 1e12:.2f} TB/s of a plain copy.",
         "",
-        "| case | precision | phase | ours | ours, channels_last | best peer | ratio | TFLOP/s | TB/s "
-        "| peak MB, ours / eager | control | kernel |",
-        "|" + "---|" * 12,
+        "| case | precision | phase | ours | ours, channels_last | best peer | ratio | TFLOP/s | floor, MB "
+        "| share | peak MB, ours / eager | control | kernel |",
+        "|" + "---|" * 13,
     ]
     for r in result["records"]:
         head = f"| {r['case']} | {r['precision']} | {r['phase']} |"
         if "seconds" not in r:
             error = f"error {r['error']:.1e}, torch's {r['error_of_torch']:.1e}"
-            lines.append(f"{head} {r['status']}: {error} |" + " |" * 8)
+            lines.append(f"{head} {r['status']}: {error} |" + " |" * 9)
             continue
         peer, ours, peak = best_peer(r), r["seconds"][OURS], r["peak_bytes"]
         nhwc = f"{1e3 * r['seconds'][OURS_NHWC]:.3f}" if OURS_NHWC in r["seconds"] else ""
@@ -172,7 +182,8 @@ def table(result: dict) -> str:
         lines.append(
             f"{head} {1e3 * ours:.3f} | {nhwc} | {peer} {1e3 * r['seconds'][peer]:.3f} "
             f"| {r['ratios'][peer]:.2f}{void} | {r['flop'] / ours / 1e12:.1f} "
-            f"| {r['least_bytes'] / ours / 1e12:.2f} | {peak[OURS] / 1e6:.0f} / {peak[STOCK] / 1e6:.0f} "
+            f"| {r['least_bytes'] / 1e6:.1f} | {r['least_bytes'] / result['bandwidth'] / ours:.2f} "
+            f"| {peak[OURS] / 1e6:.0f} / {peak[STOCK] / 1e6:.0f} "
             f"| {r['control']:.2f} | {r['kernel']} |"
         )
     return "\n".join(lines) + "\n"
@@ -233,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("no GPU is visible to torch")
     timer = EventTimer() if on_gpu else HostTimer()
     begun, records, left_out = time.perf_counter(), [], 0
+    bandwidth = copy_bandwidth(args.device, timer, args.rounds)
     cases = [case for case in grid(args.quick) if args.case in case.name]
     for case in cases:
         for precision in args.precision or DTYPES:
@@ -251,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "seconds": time.perf_counter() - begun,
         "left_out": left_out,
+        "bandwidth": bandwidth,
         "records": records,
     }
     args.out.mkdir(parents=True, exist_ok=True)

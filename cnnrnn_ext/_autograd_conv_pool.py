@@ -5,13 +5,14 @@ import torch
 from cnnrnn_ext import reference
 from cnnrnn_ext._double_backward import double_backward
 
-BACKWARD_CONFIG = 10  # options that the forward shares with the backward
+BACKWARD_CONFIG = 10  # options before the forward's precision, which the backward takes last
 
 
 def _save(ctx, inputs, output):
     x, weight, bias, *config = inputs
     ctx.options = len(config)
-    config = config[:BACKWARD_CONFIG]  # without precision: the backward has one
+    ctx.precision = config[BACKWARD_CONFIG:]
+    config = config[:BACKWARD_CONFIG]
     y, code, kept = output
     activation, pool = config[4:6]
     if kept.dim() == 1:  # nothing but what the code says, or what y says
@@ -31,7 +32,9 @@ def backward_formula(ctx, grad_y, *grad_saved):
     if grad_y is None:
         return (None, None, None, *nothing)
     need = ctx.needs_input_grad[:3]
-    grads = torch.ops.cnnrnn_ext.conv_pool2d_backward.default(grad_y, *ctx.saved_tensors, *ctx.config, *need)
+    grads = torch.ops.cnnrnn_ext.conv_pool2d_backward.default(
+        grad_y, *ctx.saved_tensors, *ctx.config, *need, *ctx.precision
+    )
     return (*(g if n else None for g, n in zip(grads, need, strict=True)), *nothing)
 
 
@@ -77,7 +80,7 @@ def double_backward_formula(ctx, *outer):
         pool_stride,
         pool_padding,
         ceil_mode,
-        *need,
+        *need_and_precision,
     ) = ctx.config
 
     def function(x, weight, bias):
@@ -87,7 +90,7 @@ def double_backward_formula(ctx, *outer):
         )  # fmt: skip
         return (y,)
 
-    outer = [o if n else None for o, n in zip(outer, need, strict=True)]
+    outer = [o if n else None for o, n in zip(outer, need_and_precision[:3], strict=True)]
     grads = double_backward(function, inputs, [grad_y], outer)
     return (*grads, None, None, *([None] * len(ctx.config)))
 

@@ -126,7 +126,7 @@ def conv_pool2d(*args):
 
 def conv_pool2d_backward(
     grad_y, x, weight, bias, code, kept, stride, padding, dilation, groups, activation, pool,
-    pool_size, pool_stride, pool_padding, ceil_mode, need_x, need_weight, need_bias,
+    pool_size, pool_stride, pool_padding, ceil_mode, need_x, need_weight, need_bias, precision="highest",
 ):  # fmt: skip
     _check_covered(activation, pool)
     height, width = (

@@ -333,10 +333,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y, Tensor x_
                                                         Ints dilation, int64_t groups, Text activation,
                                                         Text pool, Ints pool_size, Ints pool_stride,
                                                         Ints pool_padding, bool ceil_mode, bool need_x,
-                                                        bool need_weight, bool need_bias) {
+                                                        bool need_weight, bool need_bias, Text precision) {
   const Call call = check_arguments(x_any, weight_any, bias,
                                     {stride, padding, dilation, groups, activation.take(), pool.take(),
-                                     pool_size, pool_stride, pool_padding, ceil_mode});
+                                     pool_size, pool_stride, pool_padding, ceil_mode, precision.take()});
   check_backward(call, grad_y, x_any, code_any, kept_any);
   const ConvPoolShape s = call.average ? without_pool(call.shape, true) : call.shape;
   OptionalTensor kept;

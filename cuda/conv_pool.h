@@ -53,16 +53,17 @@ void conv_pool_forward(DType, const ConvPoolShape&, Map x, const void* weight, c
 // Whether these kernels cover a convolution, on the current device; also the backward ones below.
 bool conv_pool_tensor_covers(const ConvPoolShape&);
 // Whether x must have its channels in units of 16 bytes (conv_pool_has_units), or may have any strides.
-bool conv_pool_tensor_reads_units(const ConvPoolShape&);
+bool conv_pool_tensor_reads_units(DType, const ConvPoolShape&);
+bool conv_pool_tensor_grad_weight_reads_units(const ConvPoolShape&);
 int64_t conv_pool_tensor_forward_workspace(DType, const ConvPoolShape&);  // bytes, 16-byte aligned
 void conv_pool_tensor_forward(DType, const ConvPoolShape&, Map x, const void* weight, const void* bias,
                               const ConvPoolResults&, void* workspace, void* stream);
 
 // Whether the channels of a map are adjacent, and every `of_unit` of them one aligned access.
 bool conv_pool_has_units(int element_bytes, const Map&, int of_unit);
-// A copy of a map [n, c, size] that has, its channels padded with zeros to whole units, at `memory`.
-Map conv_pool_pack_units(int element_bytes, const Map&, int n, int c, Size2 size, int of_unit, void* memory,
-                         void* stream);
+// A copy of a map [n, c, size] that has, the channels of each group padded with zeros to whole units.
+Map conv_pool_pack_units(int element_bytes, const Map&, int n, int c, int groups, Size2 size, int of_unit,
+                         void* memory, void* stream);
 
 // ---- backward ----
 // grad [n, k, size]: grad_y times the derivative of the activation, from what its forward kept.
@@ -79,12 +80,12 @@ int64_t conv_pool_grad_weight_workspace(const ConvPoolShape&);
 void conv_pool_grad_weight(DType, const ConvPoolShape&, Map grad, Map code, Map x, void* workspace,
                            void* grad_weight, void* grad_bias, void* stream);
 
-// ---- the same on tensor cores, kHalf and kBFloat16: grad and code have units of as many channels as 16
-// bytes of grad hold; x too, where conv_pool_tensor_reads_units() ----
+// ---- the same on tensor cores, kFloat as TF32: grad and code have units of as many channels as 16 bytes of
+// grad hold; x too, where conv_pool_tensor_grad_weight_reads_units() ----
 int64_t conv_pool_tensor_grad_x_workspace(DType, const ConvPoolShape&);  // bytes, 16-byte aligned
 void conv_pool_tensor_grad_x(DType, const ConvPoolShape&, Map grad, Map code, const void* weight, Map grad_x,
                              void* workspace, void* stream);
-int64_t conv_pool_tensor_grad_weight_workspace(const ConvPoolShape&);  // floats
+int64_t conv_pool_tensor_grad_weight_workspace(DType, const ConvPoolShape&);  // floats
 void conv_pool_tensor_grad_weight(DType, const ConvPoolShape&, Map grad, Map code, Map x, void* workspace,
                                   void* grad_weight, void* grad_bias, void* stream);
 

@@ -148,12 +148,27 @@ struct Units {
   Map map;
   std::optional<Tensor> copy;
 };
-Units in_units(const Tensor& like, int element_bytes, const Map& map, int n, int c, Size2 size, int of_unit,
-               const Device& device) {
-  if (conv_pool_has_units(element_bytes, map, of_unit)) return {map, std::nullopt};
-  const int64_t padded = (c + of_unit - 1) / of_unit * of_unit;
+Units in_units(const Tensor& like, int element_bytes, const Map& map, int n, int c, int groups, Size2 size,
+               int of_unit, const Device& device) {
+  const int64_t padded = (c / groups + of_unit - 1) / of_unit * of_unit * groups;
+  if (padded == c && conv_pool_has_units(element_bytes, map, of_unit)) return {map, std::nullopt};
   const Tensor copy = bytes_like(like, padded * n * size.h * size.w * element_bytes);
-  return {conv_pool_pack_units(element_bytes, map, n, c, size, of_unit, output(copy), device.stream), copy};
+  return {conv_pool_pack_units(element_bytes, map, n, c, groups, size, of_unit, output(copy), device.stream),
+          copy};
+}
+
+// A batch of rows is one image: sequences, and what else has a height of 1 from x to y.
+bool is_of_rows(const ConvPoolShape& s) {
+  return s.in.h == 1 && s.kernel.h == 1 && s.padding.h == 0 && s.pool.h == 1 && s.pool_padding.h == 0;
+}
+ConvPoolShape rows_as_image(ConvPoolShape s) {
+  if (!is_of_rows(s)) return s;
+  s.in.h = s.conv.h = s.out.h = s.n;
+  s.n = s.stride.h = s.dilation.h = s.pool_stride.h = 1;
+  return s;
+}
+Map rows_as_image(const ConvPoolShape& s, const Map& map) {
+  return is_of_rows(s) ? Map{map.data, 0, map.c, map.n, map.w} : map;
 }
 
 int bytes_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
@@ -163,13 +178,16 @@ void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, 
   const Tensor w = dense(weight), b = bias ? dense(*bias) : w;
   const void* const of_bias = bias ? input(b) : nullptr;
   const DType dtype = dtype_of(x);
-  Units units{input_map(x), std::nullopt};
   if (!on_tensor_cores(s, dtype, tf32))
-    return conv_pool_forward(dtype, s, units.map, input(w), of_bias, out, device.stream);
-  if (conv_pool_tensor_reads_units(s))
-    units = in_units(x, bytes_of(dtype), units.map, s.n, s.c, s.in, 16 / bytes_of(dtype), device);
-  const Tensor workspace = bytes_like(x, conv_pool_tensor_forward_workspace(dtype, s));
-  conv_pool_tensor_forward(dtype, s, units.map, input(w), of_bias, out, output(workspace), device.stream);
+    return conv_pool_forward(dtype, s, input_map(x), input(w), of_bias, out, device.stream);
+  const ConvPoolShape t = rows_as_image(s);
+  Units units{rows_as_image(s, input_map(x)), std::nullopt};
+  if (conv_pool_tensor_reads_units(dtype, t))
+    units = in_units(x, bytes_of(dtype), units.map, t.n, t.c, t.groups, t.in, 16 / bytes_of(dtype), device);
+  const Tensor workspace = bytes_like(x, conv_pool_tensor_forward_workspace(dtype, t));
+  conv_pool_tensor_forward(dtype, t, units.map, input(w), of_bias,
+                           {rows_as_image(s, out.y), rows_as_image(s, out.code), rows_as_image(s, out.kept)},
+                           output(workspace), device.stream);
 }
 
 // y, and for a backward pass code and what is kept of the map: see operators.schema.
@@ -269,21 +287,23 @@ void run_backward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight,
 
 void run_tensor_backward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, Map grad, Map code,
                          const Gradients& gradients, const Device& device) {
+  const ConvPoolShape t = rows_as_image(s);
   const DType dtype = dtype_of(x);
   const int bytes = bytes_of(dtype), of_unit = 16 / bytes;
-  const Units grads = in_units(x, bytes, grad, s.n, s.k, s.out, of_unit, device);
-  const Units codes = in_units(x, 1, code, s.n, s.k, s.out, of_unit, device);
+  const Units grads = in_units(x, bytes, rows_as_image(s, grad), t.n, t.k, t.groups, t.out, of_unit, device);
+  const Units codes = in_units(x, 1, rows_as_image(s, code), t.n, t.k, t.groups, t.out, of_unit, device);
   if (gradients.x.data) {
-    const Tensor workspace = bytes_like(x, conv_pool_tensor_grad_x_workspace(dtype, s));
-    conv_pool_tensor_grad_x(dtype, s, grads.map, codes.map, input(weight), gradients.x, output(workspace),
-                            device.stream);
+    const Tensor workspace = bytes_like(x, conv_pool_tensor_grad_x_workspace(dtype, t));
+    conv_pool_tensor_grad_x(dtype, t, grads.map, codes.map, input(weight), rows_as_image(s, gradients.x),
+                            output(workspace), device.stream);
   }
   if (!gradients.any_of_weights()) return;
-  Units pixels{input_map(x), std::nullopt};
-  if (conv_pool_tensor_reads_units(s))
-    pixels = in_units(x, bytes, pixels.map, s.n, s.c, s.in, of_unit, device);
-  const Tensor workspace = empty_like_of(x, {conv_pool_tensor_grad_weight_workspace(s)}, ScalarType::Float);
-  conv_pool_tensor_grad_weight(dtype, s, grads.map, codes.map, pixels.map, output(workspace),
+  Units pixels{rows_as_image(s, input_map(x)), std::nullopt};
+  if (conv_pool_tensor_grad_weight_reads_units(t))
+    pixels = in_units(x, bytes, pixels.map, t.n, t.c, t.groups, t.in, of_unit, device);
+  const Tensor workspace =
+      empty_like_of(x, {conv_pool_tensor_grad_weight_workspace(dtype, t)}, ScalarType::Float);
+  conv_pool_tensor_grad_weight(dtype, t, grads.map, codes.map, pixels.map, output(workspace),
                                gradients.weight, gradients.bias, device.stream);
 }
 
@@ -292,10 +312,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
     const Tensor& code_of_y, const OptionalTensor& kept, const Ints& stride, const Ints& padding,
     const Ints& dilation, int64_t groups, Text activation, Text pool, const Ints& pool_size,
     const Ints& pool_stride, const Ints& pool_padding, bool ceil_mode, bool need_x, bool need_weight,
-    bool need_bias) {
+    bool need_bias, Text precision) {
   const Call call = check_arguments(x, weight, bias,
                                     {stride, padding, dilation, groups, activation.take(), pool.take(),
-                                     pool_size, pool_stride, pool_padding, ceil_mode});
+                                     pool_size, pool_stride, pool_padding, ceil_mode, precision.take()});
   check_backward(call, grad_y, x, code_of_y, kept);
   const Device device(x);
   const DType dtype = dtype_of(x);
@@ -315,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
   const Tensor w = dense(weight);
   const Gradients gradients{need_x && grad_x.numel() > 0 ? output_map(grad_x) : Map{}, output(grad_weight),
                             output(grad_bias)};
-  (on_tensor_cores(s, dtype, false) && grad.numel() > 0 ? run_tensor_backward : run_backward)(
+  (on_tensor_cores(s, dtype, call.high) && grad.numel() > 0 ? run_tensor_backward : run_backward)(
       s, x, w, input_map(grad), code, gradients, device);
   return {grad_x, grad_weight.value_or(nothing(x)), grad_bias.value_or(nothing(x))};
 }

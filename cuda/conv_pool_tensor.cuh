@@ -10,7 +10,7 @@
 //   halo     [rows][pairs of pixels][2 pixels][4 units of 16 bytes], units permuted within the 128 bytes of a
 //            pair so that the 8 rows of a matrix that ldmatrix reads, 8 neighbouring pairs, are in different
 //            banks
-//   weights  [step of 32 bytes][tap][pair of channel tiles][lane][16 bytes]: two fragments by one load
+//   weights  [tap][step of 32 bytes][pair of channel tiles][lane][16 bytes]: two fragments by one load
 // Column n of tile j is channel 2 * kTiles * (n / 2) + 2 * j + n % 2: a thread owns 2 * kTiles adjacent
 // channels.
 #pragma once
@@ -53,7 +53,9 @@ struct Halo {
 };
 
 template <int kTiles>
-constexpr int kWeightBytes = kSteps * kTaps * kTiles * 32 * 8;  // of a chunk
+constexpr int kTapBytes = kSteps * kTiles * 32 * 8;  // weights of a tap and chunk
+template <int kTiles>
+constexpr int kWeightBytes = kTaps * kTapBytes<kTiles>;  // of a chunk
 
 template <int kTiles, int kWide>
 constexpr int kStageBytes = Halo<kWide>::kBytes + kWeightBytes<kTiles>;
@@ -108,8 +110,8 @@ __device__ __forceinline__ void multiply_chunk(BlockSums<kTiles>& sum, const uns
       for (int kx = 0; kx < 3; ++kx) {
 #pragma unroll
         for (int j = 0; j < kTiles; j += 2) {
-          const auto b = *pack_at<const Pack<uint32_t, 4>>(
-              reinterpret_cast<const uint32_t*>(weights + ((step * kTaps + ky * 3 + kx) * kTiles + j) * 256));
+          const auto b = *pack_at<const Pack<uint32_t, 4>>(reinterpret_cast<const uint32_t*>(
+              weights + (((ky * 3 + kx) * kSteps + step) * kTiles + j) * 256));
 #pragma unroll
           for (int position = 0; position < 4; ++position) {
             const auto& pixel = a[(ky + position / 2) % 2][kx + position % 2];
@@ -134,30 +136,39 @@ __host__ __device__ __forceinline__ TensorGrid tensor_grid(int channels, int out
   return {ceil_div(channels * static_cast<int>(sizeof(T)), kChunkBytes), ceil_div(outputs, 8 * kTiles)};
 }
 
-// Weights in the order of shared memory, [tile][chunk][kWeightBytes], zeros where there are none. A thread
-// writes one word of 32 bits. kGradient: those of the gradient of x, [channels][outputs] with the taps turned
-// round.
-template <typename T, int kTiles, bool kGradient>
+// Weights as a product takes them: of each group `outputs` columns, `channels` of depth for every tap.
+struct WeightOrder {
+  int groups, channels, outputs, taps;
+  bool of_gradient;  // those of grad_x: the depth is the outputs of the convolution
+  bool turned;       // the last tap first
+};
+
+// In the order of shared memory, [group][tile][chunk][tap][kTapBytes], zeros where there are none. A thread
+// writes one word of 32 bits.
+template <typename T, int kTiles>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_weights(const T* weight, int channels, int outputs, uint32_t* packed) {
-  constexpr int kOfWord = 4 / sizeof(T), kWords = kWeightBytes<kTiles> / 4;
-  const TensorGrid grid = tensor_grid<T, kTiles>(channels, outputs);
-  const int64_t index = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
-  if (index >= int64_t(grid.tiles_k) * grid.chunks * kWords) return;
-  const int word = static_cast<int>(index % kWords), chunk = static_cast<int>(index / kWords % grid.chunks);
-  const int tile_k = static_cast<int>(index / kWords / grid.chunks);
+    pack_weights(const T* weight, WeightOrder order, uint32_t* packed) {
+  constexpr int kOfWord = 4 / sizeof(T), kWords = kTapBytes<kTiles> / 4;
+  const TensorGrid grid = tensor_grid<T, kTiles>(order.channels, order.outputs);
+  const int64_t index = int64_t(blockIdx.x) * kPackThreads + threadIdx.x, unit = index / kWords;
+  if (unit >= int64_t(order.groups) * grid.tiles_k * grid.chunks * order.taps) return;
+  const int word = static_cast<int>(index % kWords), at_tap = static_cast<int>(unit % order.taps);
+  const int chunk = static_cast<int>(unit / order.taps % grid.chunks);
+  const int tile_k = static_cast<int>(unit / order.taps / grid.chunks % grid.tiles_k);
+  const int64_t group = unit / order.taps / grid.chunks / grid.tiles_k;
   const int r = word % 4, lane = word / 4 % 32, j = word / 128 % (kTiles / 2) * 2 + r / 2;
-  const int tap = word / 128 / (kTiles / 2) % kTaps, step = word / 128 / (kTiles / 2) / kTaps;
-  const int g = lane / 4, t = lane % 4;
+  const int step = word / 128 / (kTiles / 2), g = lane / 4, t = lane % 4;
   const int k = tile_k * 8 * kTiles + g / 2 * 2 * kTiles + 2 * j + g % 2;
   const int first = ((chunk * kSteps + step) * 8 + t + r % 2 * 4) * kOfWord;
+  const int tap = order.turned ? order.taps - 1 - at_tap : at_tap;
   Pack<T, kOfWord> elements;
 #pragma unroll
   for (int i = 0; i < kOfWord; ++i) {
     const int c = first + i;
-    const int64_t at = kGradient ? (int64_t(c) * outputs + k) * kTaps + kTaps - 1 - tap
-                                 : (int64_t(k) * channels + c) * kTaps + tap;
-    elements.v[i] = k < outputs && c < channels ? weight[at] : narrow_to<T>(0.0f);
+    const int64_t pair = order.of_gradient ? (group * order.channels + c) * order.outputs + k
+                                           : (group * order.outputs + k) * order.channels + c;
+    elements.v[i] =
+        k < order.outputs && c < order.channels ? weight[pair * order.taps + tap] : narrow_to<T>(0.0f);
   }
   if constexpr (std::is_same_v<T, float>) {
     packed[index] = to_tf32(elements.v[0]);
@@ -166,8 +177,12 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
-// A map of any strides as pixels of `padded` adjacent channels, zeros beyond the c there are.
+// A map of any strides as pixels of adjacent channels, those of each group padded with zeros.
 constexpr int kPixelTile = 32;
+
+struct PixelChannels {
+  int groups, of_group, padded;  // the last two: channels of a group
+};
 
 // Bytes pass through shared memory in twos: a word written by several threads is a conflict.
 template <typename T>
@@ -175,17 +190,20 @@ using Staged = std::conditional_t<sizeof(T) == 1, uint16_t, T>;
 
 template <typename T>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_pixels(Map map, int c, Size2 size, T* packed, int padded) {
+    pack_pixels(Map map, PixelChannels channels, Size2 size, T* packed) {
   auto* tile = shared_memory<Staged<T>>();  // [kPixelTile channels][kPixelTile + 2 pixels]
   constexpr int kStride = kPixelTile + 2;
   const int64_t pixels = int64_t(size.h) * size.w, tiles = ceil_div(pixels, int64_t(kPixelTile));
   const int64_t n = blockIdx.x / tiles, pixel_begin = blockIdx.x % tiles * kPixelTile;
   const int c_begin = blockIdx.y * kPixelTile, column = threadIdx.x % 32, row = threadIdx.x / 32;
+  const int padded = channels.groups * channels.padded;
   for (int i = row; i < kPixelTile; i += kPackThreads / 32) {
     const int64_t pixel = pixel_begin + column;
-    if (pixel < pixels && c_begin + i < padded)
-      tile[i * kStride + column] =
-          c_begin + i < c ? *at<const T>(map, n, c_begin + i, pixel / size.w, pixel % size.w) : T();
+    if (pixel >= pixels || c_begin + i >= padded) continue;
+    const int group = (c_begin + i) / channels.padded, c = (c_begin + i) % channels.padded;
+    tile[i * kStride + column] = c < channels.of_group ? *at<const T>(map, n, group * channels.of_group + c,
+                                                                      pixel / size.w, pixel % size.w)
+                                                       : T();
   }
   block_barrier();
   for (int i = row; i < kPixelTile; i += kPackThreads / 32) {

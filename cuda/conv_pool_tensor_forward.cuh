@@ -48,14 +48,13 @@ __device__ __forceinline__ void copy_pixels(unsigned char* halo, const ConvPoolS
   }
 }
 
-// values[i] to channel k + i of a pixel, of which there are `outputs`; one wide store where alignment
-// permits.
+// values[i] to channel k + i of a pixel, of those below k_end; one wide store where alignment permits.
 template <typename T, int kCount>
-__device__ __forceinline__ void store_channels(const Map& map, int64_t n, int k, int h, int w, int outputs,
+__device__ __forceinline__ void store_channels(const Map& map, int64_t n, int k, int h, int w, int k_end,
                                                const T (&values)[kCount]) {
   constexpr int kOfPack = sizeof(T) * kCount < 16 ? kCount : 16 / sizeof(T);
   T* to = at<T>(map, n, k, h, w);
-  if (map.c == 1 && (map.n | map.h | map.w) % kCount == 0 && k + kCount <= outputs) {
+  if (map.c == 1 && (map.n | map.h | map.w | k) % kCount == 0 && k + kCount <= k_end) {
 #pragma unroll
     for (int i = 0; i < kCount; i += kOfPack) {
       Pack<T, kOfPack> pack;
@@ -67,24 +66,34 @@ __device__ __forceinline__ void store_channels(const Map& map, int64_t n, int k,
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
-    if (k + i < outputs) to[i * map.c] = values[i];
+    if (k + i < k_end) to[i * map.c] = values[i];
 }
+
+// A 2x2 block of outputs, of an image n; none if n < 0.
+struct BlockPlace {
+  int64_t n;
+  int y, x;
+};
+
+// What a thread owns of the results: 2 * kTiles channels from k_begin on, as far as they are below k_end, in
+// the two blocks that are rows lane / 4 and lane / 4 + 8 of its warp's fragments.
+struct Owned {
+  BlockPlace blocks[2];
+  int k_begin, k_end;
+};
 
 // Bias, activation and pool of a thread's sums. keys: this thread's column of kTensorThreads, unused unless
 // has_keys().
-template <typename T, int kTiles, int kWide>
+template <typename T, int kTiles>
 __device__ __forceinline__ void finish_blocks(const ConvPoolShape& s, const T* bias, BlockSums<kTiles>& sum,
-                                              float* keys, const TilePlace<kWide>& place,
-                                              const ConvPoolResults& out) {
+                                              float* keys, const Owned& own, const ConvPoolResults& out) {
   constexpr int kOwned = 2 * kTiles;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int k_begin = place.tile_k * 8 * kTiles + lane % 4 * kOwned;
   // Channel i of one position of the thread's first or second 2x2 block stands in this register.
   const auto register_of = [](int i, int half) { return 2 * half + i % 2; };
   if (bias) {
 #pragma unroll
     for (int i = 0; i < kOwned; ++i) {
-      const float b = k_begin + i < s.k ? widen(bias[k_begin + i]) : 0.0f;
+      const float b = own.k_begin + i < own.k_end ? widen(bias[own.k_begin + i]) : 0.0f;
 #pragma unroll
       for (int position = 0; position < 4; ++position)
 #pragma unroll
@@ -99,13 +108,12 @@ __device__ __forceinline__ void finish_blocks(const ConvPoolShape& s, const T* b
     using Windows = decltype(windows);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Size2 block = block_of_row<kWide>(warp, lane / 4 + 8 * half);
-      const int block_y = place.block_y + block.h, block_x = place.block_x + block.w;
+      const BlockPlace block = own.blocks[half];
 #pragma unroll
       for (int window = 0; window < Windows::kCount; ++window) {
-        const int h = block_y * Windows::kDown + window / Windows::kAcross;
-        const int w = block_x * Windows::kAcross + window % Windows::kAcross;
-        if (h >= s.out.h || w >= s.out.w) continue;
+        const int h = block.y * Windows::kDown + window / Windows::kAcross;
+        const int w = block.x * Windows::kAcross + window % Windows::kAcross;
+        if (block.n < 0 || h >= s.out.h || w >= s.out.w) continue;
         T y[kOwned], kept[kOwned];
         uint8_t code[kOwned];
 #pragma unroll
@@ -115,17 +123,28 @@ __device__ __forceinline__ void finish_blocks(const ConvPoolShape& s, const T* b
             const int place_of_key = ((2 * dy + dx) * kTiles + i / 2) * 4 + register_of(i, half);
             return has_keys(s.activation) ? keys[place_of_key * kTensorThreads] : value(dy, dx);
           };
-          const auto winner = Windows::template winner<float>(s, window, block_y, block_x, key, value);
+          const auto winner = Windows::template winner<float>(s, window, block.y, block.x, key, value);
           y[i] = narrow_to<T>(winner.key);
           kept[i] = narrow_to<T>(winner.value);
           code[i] = static_cast<uint8_t>(winner.code);
         }
-        store_channels(out.y, place.n, k_begin, h, w, s.k, y);
-        if (out.code.data) store_channels(out.code, place.n, k_begin, h, w, s.k, code);
-        if (out.kept.data) store_channels(out.kept, place.n, k_begin, h, w, s.k, kept);
+        store_channels(out.y, block.n, own.k_begin, h, w, own.k_end, y);
+        if (out.code.data) store_channels(out.code, block.n, own.k_begin, h, w, own.k_end, code);
+        if (out.kept.data) store_channels(out.kept, block.n, own.k_begin, h, w, own.k_end, kept);
       }
     }
   });
+}
+
+// What this thread owns of a tile.
+template <int kTiles, int kWide>
+__device__ __forceinline__ Owned owned_of(const TilePlace<kWide>& place, int outputs) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto block = [&](int row) {
+    const Size2 of_tile = block_of_row<kWide>(warp, row);
+    return BlockPlace{place.n, place.block_y + of_tile.h, place.block_x + of_tile.w};
+  };
+  return {{block(lane / 4), block(lane / 4 + 8)}, place.tile_k * 8 * kTiles + lane % 4 * 2 * kTiles, outputs};
 }
 
 template <typename T, int kTiles, int kWide>
@@ -155,7 +174,8 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
                                      threadIdx.x % 32);
   }
   if (has_keys(s.activation)) block_barrier();  // the last stage has been read
-  finish_blocks<T, kTiles, kWide>(s, bias, sum, shared_memory<float>() + threadIdx.x, place, out);
+  finish_blocks<T, kTiles>(s, bias, sum, shared_memory<float>() + threadIdx.x, owned_of<kTiles>(place, s.k),
+                           out);
 }
 
 }  // namespace

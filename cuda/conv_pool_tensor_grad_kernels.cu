@@ -1,16 +1,12 @@
 // Entry points of the conv_pool backward on tensor cores: element type and tile are chosen here.
 
 #include "conv_pool_reduce.cuh"
+#include "conv_pool_tensor_gather.h"
 #include "conv_pool_tensor_grad_weight_few.cuh"
 #include "conv_pool_tensor_launch.cuh"
 
 namespace cnnrnn::cuda {
 namespace {
-
-template <typename T>
-MapGradient<T> map_gradient(const ConvPoolShape& s, Map grad, Map code) {
-  return {grad, code, s.pool, s.out, s.k};
-}
 
 // At least four patches a slice and at most 256 blocks, as long as the partial sums stay below 64 MB.
 int slices_of_weights(const ConvPoolShape& s) {
@@ -20,26 +16,38 @@ int slices_of_weights(const ConvPoolShape& s) {
   return static_cast<int>(std::max(int64_t(1), std::min({wanted, fit, 256 / tiles})));
 }
 
+// 16-bit types only: TF32 has no transposed loads.
+bool has_own_weight_kernel(DType dtype, const ConvPoolShape& s) {
+  return dtype != DType::kFloat && has_own_kernel(s);
+}
+
 }  // namespace
 
+bool conv_pool_tensor_grad_weight_reads_units(const ConvPoolShape& s) {
+  return gather_grad_weight_reads_units(s);
+}
+
 int64_t conv_pool_tensor_grad_x_workspace(DType dtype, const ConvPoolShape& s) {
+  if (!has_own_kernel(s)) return gather_grad_x_workspace(dtype, s);
   const ConvPoolShape t = gradient_shape(s);
   int64_t bytes = 0;
-  with_half_type(dtype, [&](auto zero) {
-    with_tile(t.k, blocks_of(t),
-              [&](auto tiles, auto) { bytes = packed_weights_bytes<decltype(zero), tiles.value>(t.c, t.k); });
+  with_tensor_type(dtype, [&](auto zero) {
+    with_channel_tiles(t.k, [&](auto tiles) {
+      bytes = packed_weights_bytes<decltype(zero), tiles.value>(gradient_order(s, true));
+    });
   });
   return bytes;
 }
 
 void conv_pool_tensor_grad_x(DType dtype, const ConvPoolShape& s, Map grad, Map code, const void* weight,
                              Map grad_x, void* workspace, void* stream) {
+  if (!has_own_kernel(s)) return gather_grad_x(dtype, s, grad, code, weight, grad_x, workspace, stream);
   const ConvPoolShape t = gradient_shape(s);
-  with_half_type(dtype, [&](auto zero) {
+  with_tensor_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     with_tile(t.k, blocks_of(t), [&](auto tiles, auto wide) {
       constexpr int kTiles = tiles.value, kWide = wide.value;
-      launch_pack_weights<true, T, kTiles>(weight, t.c, t.k, workspace, stream);
+      launch_pack_weights<T, kTiles>(weight, gradient_order(s, true), workspace, stream);
       const int tiles_k = tensor_grid<T, kTiles>(t.c, t.k).tiles_k;
       launch(tensor_grad_x<T, kTiles, kWide>, dim3(tile_blocks<kWide>(t.n, blocks_of(t), tiles_k)),
              kTensorThreads, 2 * kStageBytes<kTiles, kWide>, stream, t, map_gradient<T>(s, grad, code),
@@ -48,12 +56,15 @@ void conv_pool_tensor_grad_x(DType dtype, const ConvPoolShape& s, Map grad, Map 
   });
 }
 
-int64_t conv_pool_tensor_grad_weight_workspace(const ConvPoolShape& s) {
+int64_t conv_pool_tensor_grad_weight_workspace(DType dtype, const ConvPoolShape& s) {
+  if (!has_own_weight_kernel(dtype, s)) return gather_grad_weight_workspace(dtype, s);
   return int64_t(slices_of_weights(s)) * s.k * (s.c * kTaps + 1);
 }
 
 void conv_pool_tensor_grad_weight(DType dtype, const ConvPoolShape& s, Map grad, Map code, Map x,
                                   void* workspace, void* grad_weight, void* grad_bias, void* stream) {
+  if (!has_own_weight_kernel(dtype, s))
+    return gather_grad_weight(dtype, s, grad, code, x, workspace, grad_weight, grad_bias, stream);
   with_half_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int slices = slices_of_weights(s);

@@ -52,7 +52,7 @@ __device__ __forceinline__ void make_gradient(unsigned char* to, const MapGradie
   for (int i = threadIdx.x; i < kPatch * kGradUnits; i += kTensorThreads) {
     const int unit = i % kGradUnits, position = i / kGradUnits;
     const int y = patch.y + position / kPatchCols, x = patch.x + position % kPatchCols;
-    const auto made = map.unit(patch.n, k + unit * kOfUnit, y, x);
+    const auto made = map.unit(patch.n, k + unit * kOfUnit, 0, y, x);
     *pack_at<Pack<T, kOfUnit>>(reinterpret_cast<T*>(to + unit_offset(position, unit))) = made;
   }
 }
@@ -88,6 +88,18 @@ __device__ __forceinline__ float bias_part(const unsigned char* gradient, int k,
   for (int i = part; i < kPatch; i += kBiasParts)
     sum += widen(*pack_at<const T>(reinterpret_cast<const T*>(gradient + unit_offset(i, k / 8)) + k % 8));
   return sum;
+}
+
+// The sum of the kBiasParts parts of output tid, in their order; all threads of the block come here. parts:
+// [kTensorThreads], of which nobody uses anything.
+__device__ __forceinline__ float sum_of_parts(float* parts, float own) {
+  parts[threadIdx.x] = own;
+  block_barrier();
+  float all = 0;
+  if (threadIdx.x < kGradChannels)
+#pragma unroll
+    for (int i = 0; i < kBiasParts; ++i) all += parts[threadIdx.x + i * kGradChannels];
+  return all;
 }
 
 template <typename T>
@@ -150,14 +162,9 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
   }
   if (c_begin != 0) return;
   block_barrier();  // the last stage has been read
-  float* parts = shared_memory<float>();
-  parts[tid] = bias_sum;
-  block_barrier();
-  if (tid >= kGradChannels || k_begin + tid >= s.k) return;
-  float all = 0;
-#pragma unroll
-  for (int i = 0; i < kBiasParts; ++i) all += parts[tid + i * kGradChannels];
-  partial[int64_t(k_begin + tid) * (elements + 1) + elements] = all;
+  const float all = sum_of_parts(shared_memory<float>(), bias_sum);
+  if (tid < kGradChannels && k_begin + tid < s.k)
+    partial[int64_t(k_begin + tid) * (elements + 1) + elements] = all;
 }
 
 }  // namespace

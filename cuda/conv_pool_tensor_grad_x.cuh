@@ -20,29 +20,65 @@ inline ConvPoolShape gradient_shape(const ConvPoolShape& s) {
   return t;
 }
 
-// What a unit of 16 bytes of channels of the map's gradient at (y, x) is made of: grad of its window where
-// the code is this position, else zero. Both have adjacent channels in units.
+// One dimension of the windows over a position of the map.
+struct WindowsOver {
+  int first, last;
+};
+__device__ __forceinline__ WindowsOver windows_at(int position, int pool, int stride, int padding, int out) {
+  const int reach = position + padding - pool;  // the last place that a window ends before
+  return {reach < 0 ? 0 : reach / stride + 1, min(out - 1, (position + padding) / stride)};
+}
+
+// What a unit of 16 bytes of channels of the map's gradient at (y, x) is made of: the sum of grad over the
+// windows whose code is this position. Both have adjacent channels in units.
 template <typename T>
 struct MapGradient {
   static constexpr int kOfUnit = kUnitBytes / sizeof(T);
   Map grad, code;
-  Size2 pool, out;  // windows side by side
-  int channels;
+  Size2 conv, pool, pool_stride, pool_padding, out;
+  bool side_by_side;  // at most one window over a position, no padding
+  int channels;       // of a group
 
-  __device__ __forceinline__ Pack<T, kOfUnit> unit(int64_t n, int c, int y, int x) const {
-    Pack<T, kOfUnit> result;
-    const int h = y / pool.h, w = x / pool.w;
-    const bool inside = y >= 0 && x >= 0 && h < out.h && w < out.w && c < channels;
-    if (!inside) {
-#pragma unroll
-      for (int i = 0; i < kOfUnit; ++i) result.v[i] = narrow_to<T>(0.0f);
-      return result;
-    }
-    const int position = y % pool.h * pool.w + x % pool.w;
+  // Adds grad of window (h, w) where `position` won.
+  __device__ __forceinline__ void add(float (&sum)[kOfUnit], int64_t n, int c, int h, int w,
+                                      int position) const {
     const auto values = *pack_at<const Pack<T, kOfUnit>>(at<const T>(grad, n, c, h, w));
     const auto codes = *pack_at<const Pack<uint8_t, kOfUnit>>(at<const uint8_t>(code, n, c, h, w));
 #pragma unroll
-    for (int i = 0; i < kOfUnit; ++i) result.v[i] = codes.v[i] == position ? values.v[i] : narrow_to<T>(0.0f);
+    for (int i = 0; i < kOfUnit; ++i) sum[i] += codes.v[i] == position ? float(widen(values.v[i])) : 0.0f;
+  }
+
+  // c: in its group, which begins at channel `group`.
+  __device__ __forceinline__ Pack<T, kOfUnit> unit(int64_t n, int c, int group, int y, int x) const {
+    Pack<T, kOfUnit> result;
+    const bool inside = n >= 0 && y >= 0 && x >= 0 && y < conv.h && x < conv.w && c < channels;
+    c += group;
+    if (side_by_side) {
+      const int h = y / pool.h, w = x / pool.w;
+      if (!inside || h >= out.h || w >= out.w) {
+#pragma unroll
+        for (int i = 0; i < kOfUnit; ++i) result.v[i] = narrow_to<T>(0.0f);
+        return result;
+      }
+      const int position = y % pool.h * pool.w + x % pool.w;
+      const auto values = *pack_at<const Pack<T, kOfUnit>>(at<const T>(grad, n, c, h, w));
+      const auto codes = *pack_at<const Pack<uint8_t, kOfUnit>>(at<const uint8_t>(code, n, c, h, w));
+#pragma unroll
+      for (int i = 0; i < kOfUnit; ++i)
+        result.v[i] = codes.v[i] == position ? values.v[i] : narrow_to<T>(0.0f);
+      return result;
+    }
+    float sum[kOfUnit] = {};
+    if (inside) {
+      const WindowsOver down = windows_at(y, pool.h, pool_stride.h, pool_padding.h, out.h);
+      const WindowsOver across = windows_at(x, pool.w, pool_stride.w, pool_padding.w, out.w);
+      for (int h = down.first; h <= down.last; ++h)
+        for (int w = across.first; w <= across.last; ++w)
+          add(sum, n, c, h, w,
+              (y + pool_padding.h - h * pool_stride.h) * pool.w + x + pool_padding.w - w * pool_stride.w);
+    }
+#pragma unroll
+    for (int i = 0; i < kOfUnit; ++i) result.v[i] = narrow_to<T>(sum[i]);
     return result;
   }
 };
@@ -63,7 +99,7 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     async_commit();
     for (int i = threadIdx.x; i < Tile::kRows * Tile::kCols * kUnits; i += kTensorThreads) {
       const int unit = i % kUnits, col = i / kUnits % Tile::kCols, row = i / kUnits / Tile::kCols;
-      const auto made = map.unit(place.n, (chunk * kUnits + unit) * map.kOfUnit, map_y + row, map_x + col);
+      const auto made = map.unit(place.n, (chunk * kUnits + unit) * map.kOfUnit, 0, map_y + row, map_x + col);
       *pack_at<Pack<T, MapGradient<T>::kOfUnit>>(reinterpret_cast<T*>(stage + Tile::offset(row, col, unit))) =
           made;
     }
@@ -80,7 +116,8 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     const unsigned char* stage = shared + chunk % 2 * kStageBytes<kTiles, kWide>;
     multiply_chunk<T, kTiles, kWide>(sum, stage, stage + Tile::kBytes, threadIdx.x / 32, threadIdx.x % 32);
   }
-  finish_blocks<T, kTiles, kWide>(s, nullptr, sum, nullptr, place, out);
+  finish_blocks<T, kTiles>(s, static_cast<const T*>(nullptr), sum, nullptr, owned_of<kTiles>(place, s.k),
+                           out);
 }
 
 }  // namespace

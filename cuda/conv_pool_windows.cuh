@@ -92,11 +92,15 @@ __device__ __forceinline__ void with_block_windows(Size2 pool, const Function& f
   function(BlockWindows<1, 1>{});
 }
 
+// Whether windows of 1 or 2 lie side by side: they make up 2x2 blocks of the map.
+inline bool is_in_blocks(const ConvPoolShape& s) {
+  return s.pool.h <= 2 && s.pool.w <= 2 && s.pool_stride == s.pool && s.pool_padding == Size2{0, 0};
+}
+
 // A 3x3 convolution of stride 1 whose windows make up 2x2 blocks of its outputs.
 inline bool is_3x3_in_blocks(const ConvPoolShape& s) {
   constexpr Size2 kOne{1, 1};
-  return s.kernel == Size2{3, 3} && s.stride == kOne && s.dilation == kOne && s.pool.h <= 2 &&
-         s.pool.w <= 2 && s.pool_stride == s.pool && s.pool_padding == Size2{0, 0};
+  return s.kernel == Size2{3, 3} && s.stride == kOne && s.dilation == kOne && is_in_blocks(s);
 }
 
 // 2x2 blocks that hold all windows.

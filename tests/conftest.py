@@ -73,6 +73,40 @@ def compiled():
     return "compiled"
 
 
+@pytest.fixture(scope="session")
+def emulation():
+    """The library of tests/cuda_emulation."""
+    import _emulation
+
+    return _emulation.load()
+
+
+@pytest.fixture
+def emulated(emulation):
+    """The CUDA operators under the emulation, on a device with clusters of 8."""
+    from _emulation import SM_90
+
+    emulation.emulator_seed(0)
+    emulation.emulator_device(*SM_90)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's idle threads would spin beside the emulator's one
+    yield torch.ops.cnnrnn_emulated
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def on_gpu():
+    """The CUDA operators, where a GPU is visible."""
+    from cnnrnn_ext import _library
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU is visible to torch")
+    library = _library.libraries()["cuda"]
+    if not library.loaded:
+        pytest.skip(f"no CUDA library: {library.reason}")
+    return torch.ops.cnnrnn_ext
+
+
 @pytest.fixture
 def fresh_graphs():
     """torch.compile as a new process has it, before the test and behind it."""

@@ -360,26 +360,34 @@ def test_uncovered_configuration_says_so(name):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"pool": "avg", "stride": 2}, "pool='avg' has a CUDA kernel only for 3x3 and stride 1"),
-        ({"pool": "none", "dilation": 2}, "pool='none' has a CUDA kernel only for 3x3 and stride 1"),
+        (
+            {"pool": "avg", "stride": 2},
+            "pool='avg' has a CUDA kernel of torch.float32 only for 3x3 and stride 1",
+        ),
+        (
+            {"pool": "none", "dilation": 2, "dtype": torch.float16, "channels": 5},
+            "pool='none' has a CUDA kernel only for 3x3 and stride 1, or up to 4 channels",
+        ),
         ({"pool": "avg"}, None),
         ({"activation": "gelu"}, None),
         ({"activation": "tanh", "return_indices": True}, None),
-        ({"dtype": torch.float16}, None),
+        ({"dtype": torch.float16, "channels": 5, "stride": 2, "pool_size": 3}, None),
+        ({"dtype": torch.bfloat16, "pool": "none", "stride": 2}, None),
+        ({"precision": "high", "dilation": 2}, None),
         (
-            {"dtype": torch.float16, "pool_size": 3},
-            "torch.float16 has a CUDA kernel only for 3x3, stride 1 and windows of 1 or 2 side by side",
+            {"dtype": torch.float16, "groups": 4, "channels": 4},
+            "no tensor-core kernel for one output channel of each group (depthwise)",
         ),
     ],
 )
 def test_what_cuda_kernels_cover(options, reason):
     """On tensors without data: what has no kernel is composed and says why."""
+    options = dict(options)
+    dtype, channels = options.pop("dtype", torch.float32), options.pop("channels", 3)
     with FakeTensorMode(), cx.trace() as log:
-        dtype = options.get("dtype", torch.float32)
-        x, weight = (
-            torch.empty(shape, device="cuda", dtype=dtype) for shape in ((1, 3, 12, 12), (4, 3, 3, 3))
-        )
-        y = cx.functional.conv_pool2d(x, weight, **{k: v for k, v in options.items() if k != "dtype"})
+        x = torch.empty(1, channels, 12, 12, device="cuda", dtype=dtype)
+        weight = x.new_empty(4, channels // options.get("groups", 1), 3, 3)
+        y = cx.functional.conv_pool2d(x, weight, **options)
     y = y[0] if options.get("return_indices") else y
     assert y.device.type == "cuda"
     (call,) = log
@@ -387,6 +395,29 @@ def test_what_cuda_kernels_cover(options, reason):
         assert call.backend == "compiled"
     else:
         assert call.reason == (reason or _library.libraries()["cuda"].reason)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dtype": torch.float16}, "tensor cores"),
+        ({"dtype": torch.float16, "pool_size": 3}, "tensor cores, gathered"),
+        ({"dtype": torch.bfloat16, "stride": 2}, "tensor cores, gathered"),
+        ({"dtype": torch.float32, "precision": "high"}, "tensor cores, TF32"),
+        ({"dtype": torch.float32, "precision": "high", "dilation": 2}, "tensor cores, TF32, gathered"),
+        ({"dtype": torch.float32}, None),
+        ({"dtype": torch.float64, "precision": "high"}, None),
+    ],
+)
+def test_what_a_trace_tells_of_cuda_kernels(options, told):
+    """Where the library is compiled, a call names the kernels it would run on a GPU."""
+    if not _library.libraries()["cuda"].loaded:
+        pytest.skip("the CUDA library was not built")
+    options = dict(options)
+    with FakeTensorMode(), cx.trace() as log:
+        x = torch.empty(1, 3, 12, 12, device="cuda", dtype=options.pop("dtype"))
+        cx.functional.conv_pool2d(x, x.new_empty(4, 3, 3, 3), **options)
+    assert log[0].kernel == (f"cuda, {told}" if told else "cuda")
 
 
 # ---- one dimension ----

@@ -68,10 +68,9 @@ def conv_pool2d(
             at least 16 channels, unless the map is tiny. Measured on random images and weights of 16 to 512
             channels, in units of 2^-24: the largest error was at most 36 times the largest output, where
             "highest" has 6 and torch's own kernels 4 to 46 by instruction set and layout; the root mean
-            square error at most 12.5 times that of the outputs (4.3; 3 to 22). On CUDA the forward of such
-            convolutions, of any number of channels, with windows of 1 or 2 side by side multiplies as TF32:
-            operands are rounded to 10 bits of mantissa. On near-ties another position of a window may win.
-            Gradients are computed as with "highest".
+            square error at most 12.5 times that of the outputs (4.3; 3 to 22). Gradients are there as with
+            "highest". On CUDA float32 multiplies as TF32, forward and backward: of its operands 10 bits of
+            mantissa are left. On near-ties another position of a window may win.
         return_indices: also return where each maximum stood, as ``F.max_pool2d`` does. Only for pool="max".
 
     Returns:
@@ -208,7 +207,7 @@ def conv_pool2d_uncovered(x, weight, conv, activation, pool, pools):
     if activation not in ACTIVATION_GRADIENTS:
         return f"no kernel for activation={activation!r}"
     if x.device.type != "cpu":  # the other kernels: of CUDA
-        reason = _uncovered_on_cuda(x, weight, conv, pool, pools)
+        reason = _uncovered_on_cuda(x, weight, conv, pool)
         if reason:
             return reason
     elif pool != "max" and not winograd_serves(x, weight, stride, dilation, groups):
@@ -234,31 +233,38 @@ def _plain_3x3(weight, conv):
 
 
 def _in_blocks(pool, pools):
-    """Whether the windows make up 2x2 blocks of the map: what the tensor-core kernels pool in registers."""
+    """Whether the windows make up 2x2 blocks of the map: what all tensor-core kernels pool in registers."""
     size, stride, padding = map(tuple, pools)
     return pool != "max" or (max(size) <= 2 and stride == size and not any(padding))
 
 
-def _uncovered_on_cuda(x, weight, conv, pool, pools):
-    """16-bit types have kernels of their own where tensor cores serve; the direct ones would lose to torch's.
+FEW_CHANNELS = 4  # of a group: those that the CUDA kernels read element by element
 
-    Without a max pool every position of the map has a gradient, and the map itself is wanted: what the
-    kernels may save is little. They serve what they are tuned for.
+
+def _uncovered_on_cuda(x, weight, conv, pool):
+    """Without a max pool every position of the map has a gradient, and the map itself is wanted: what the
+    kernels may save is little. They serve 3x3, and on tensor cores first layers, which memory bounds.
     """
-    if x.dtype.itemsize == 2 and not (_plain_3x3(weight, conv) and _in_blocks(pool, pools)):
-        return f"{x.dtype} has a CUDA kernel only for 3x3, stride 1 and windows of 1 or 2 side by side"
+    groups = conv[3]
+    if x.dtype.itemsize == 2 and groups > 1 and groups == weight.shape[0]:
+        return "no tensor-core kernel for one output channel of each group (depthwise)"
     if pool != "max" and not _plain_3x3(weight, conv):
-        return f"pool={pool!r} has a CUDA kernel only for 3x3 and stride 1"
+        if x.dtype.itemsize != 2:
+            return f"pool={pool!r} has a CUDA kernel of {x.dtype} only for 3x3 and stride 1"
+        if weight.shape[1] > FEW_CHANNELS:
+            which = f"3x3 and stride 1, or up to {FEW_CHANNELS} channels"
+            return f"pool={pool!r} has a CUDA kernel only for {which}"
     return None
 
 
 def _cuda_note(x, weight, conv, pool, pools, precision):
-    """What a trace tells of a CUDA kernel: whether its products are those of tensor cores."""
-    if x.device.type == "cpu" or not (_plain_3x3(weight, conv) and _in_blocks(pool, pools)):
+    """What a trace tells of a CUDA kernel: whether its products are those of tensor cores, and by which."""
+    if x.device.type == "cpu" or not (
+        x.dtype.itemsize == 2 or (x.dtype == torch.float32 and precision == "high")
+    ):
         return None
-    if x.dtype == torch.float32:
-        return "TF32 in the forward" if precision == "high" else None
-    return "tensor cores" if x.dtype.itemsize == 2 else None
+    which = "tensor cores" if x.dtype.itemsize == 2 else "tensor cores, TF32"
+    return which if _plain_3x3(weight, conv) and _in_blocks(pool, pools) else f"{which}, gathered"
 
 
 def _indices_uncovered(device, activation):
