@@ -53,7 +53,7 @@ class Translation(Recipe):
 
     One network for all languages: the first token of the source says which one is wanted. Answers are found
     by beam search, in evaluation too. Metrics: ``exact_match``, ``chrf`` (M. Popović 2015: F-score of
-    character n-grams, here 0 … 1).
+    character n-grams, here 0 … 1), which chooses the best epoch.
     """
 
     name = "translation"
@@ -61,7 +61,9 @@ class Translation(Recipe):
     epochs = 18
     batch_size = 64
     rate = 4e-3
-    score = "exact_match"
+    score = (
+        "chrf"  # an answer is exact or not: of some hundred pairs, exact_match has its best epoch by chance
+    )
 
     @classmethod
     def add_arguments(cls, parser):
