@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "cpu/rnn.h"
 #include "rnn_schedule.h"
 #include "tensor.h"
 
@@ -20,9 +21,9 @@ void for_elements(int64_t count, const F& f) {
   });
 }
 
-inline void widen(const uint16_t* from, int64_t count, float* to) {
+inline void widen(const Bf16* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    const uint32_t bits = static_cast<uint32_t>(from[i].bits) << 16;
     std::memcpy(to + i, &bits, sizeof bits);
   }
 }
@@ -48,7 +49,7 @@ inline Tensor dense_wide(const Tensor& t) {
   if (!is_half(t)) return from;
   const Tensor wide = new_dense_of(from, aoti_torch_dtype_float32());
   for_elements(from.numel(), [&](int64_t first, int64_t last) {
-    widen(data<uint16_t>(from) + first, last - first, mutable_data<float>(wide) + first);
+    widen(data<Bf16>(from) + first, last - first, mutable_data<float>(wide) + first);
   });
   return wide;
 }

@@ -12,8 +12,8 @@ class RnnBackward {
   // output, cells and reserve are the forward run's.
   RnnBackward(Cell cell, const RnnProblem<T>& problem, const RnnGradientsIn<T>& in, const T* output,
               const T* cells, const T* reserve, const RnnGradientsOut<T>& out)
-      : shared(packed_kernels_for<T>(problem.layout.batch, problem.half)),
-        large(packed_kernels_for<T>(problem.layout.rows, problem.half)),
+      : shared(packed_kernels_for<T>(problem.layout.batch, problem.x_bf16)),
+        large(packed_kernels_for<T>(problem.layout.rows, problem.x_bf16)),
         k(shared.cells[cell]),
         p(problem),
         in(in),
@@ -42,7 +42,13 @@ class RnnBackward {
   T* d_at(int64_t d, int64_t t) const { return d_ + (d * layout.rows + layout.offset(t)) * d_stride(); }
   T* r_at(int64_t d) const { return r_ + d * shared.packed(hidden_panels_, G); }
   T* w_at(int64_t d) const { return w_ + d * large.packed(input_panels_, G); }
-  static const T* weights(const void* w) { return static_cast<const T*>(w); }
+  void pack_columns(const RnnKernels<T>& of, const void* w, int64_t columns, const Share& share,
+                    T* to) const {
+    if (p.weights == Weights::kBf16)
+      of.pack_columns_bf16(static_cast<const Bf16*>(w), columns, G, columns, share.first, share.last, to);
+    else
+      of.pack_columns(static_cast<const T*>(w), columns, G, columns, share.first, share.last, to);
+  }
 
   // Packs the weights; sets the running gradients.
   void start() {
@@ -51,9 +57,8 @@ class RnnBackward {
     for_workers(workers, [&](int64_t worker) {
       const Share hidden(hidden_panels_, worker, workers), input(input_panels_, worker, workers);
       for (int64_t d = 0; d < D; ++d) {
-        if (r_) shared.pack_columns(weights(p.weight_hh[d]), H, G, H, hidden.first, hidden.last, r_at(d));
-        if (out.x)
-          large.pack_columns(weights(p.weight_ih[d]), p.input, G, p.input, input.first, input.last, w_at(d));
+        if (r_) pack_columns(shared, p.weight_hh[d], H, hidden, r_at(d));
+        if (out.x) pack_columns(large, p.weight_ih[d], p.input, input, w_at(d));
       }
     });
     for (int64_t d = 0; d < D; ++d) {
@@ -207,14 +212,14 @@ class RnnBackward {
     Product<T> w{};
     w.rows = G, w.columns = p.input, w.depth = layout.rows;
     w.a = d_ + d * layout.rows * d_stride(), w.a_row = 1, w.a_depth = d_stride();
-    w.b = p.x, w.b_stride = p.input;
+    w.b = p.x, w.b_bf16 = p.x_bf16, w.b_stride = p.input;
     w.c = out.weight_ih[d], w.c_stride = p.input;
     Share share(input_panels_ * ceil_div(w.rows, large.row_block), worker, workers);
     large.multiply_unpacked(w, share.first, share.last, slab);
     for_state_parts([&](int64_t gate, int64_t gates, int64_t part) {
       Product<T> r = w;
       r.rows = gates * H, r.columns = H, r.a += part * H;
-      r.b = nullptr, r.b_rows = h_before_[d].data();
+      r.b = nullptr, r.b_bf16 = nullptr, r.b_rows = h_before_[d].data();
       r.c = out.weight_hh[d] + gate * H * H, r.c_stride = H;
       const Share part_share(hidden_panels_ * ceil_div(r.rows, large.row_block), worker, workers);
       large.multiply_unpacked(r, part_share.first, part_share.last, slab);

@@ -42,8 +42,8 @@ bool borrowed_rnn(StableIValue* stack) {
   if ((h_0.handle && !h_0.has_shape({D, N, H})) || (c_0.handle && (!k.has_c || !c_0.has_shape({D, N, H}))))
     return false;
   const Layout layout(T, N);
-  RnnProblem<float> p{layout, I,  H,  D,  x.data(), h_0.data(), c_0.data(), {}, {}, Weights::kElement,
-                      {},     {}, {}, {}, nullptr};
+  RnnProblem<float> p{layout, I,  H,  D, x.data(), h_0.data(), c_0.data(), {}, {}, Weights::kElement,
+                      {},     {}, {}, {}};
   for (int64_t d = 0; d < D; ++d) {
     if (!w_ih[d].has_shape({G, I}) || !w_hh[d].has_shape({G, H})) return false;
     p.weight_ih[d] = w_ih[d].address, p.weight_hh[d] = w_hh[d].address;
@@ -97,8 +97,8 @@ struct OneDirection {
   bool is_state(const Borrowed& t) const { return sequence ? t.has_shape({1, N, H}) : t.has_shape({N, H}); }
 
   RnnProblem<float> problem(const Layout& layout) const {
-    RnnProblem<float> p{layout, I,  H,  1,  x.data(), h.data(), c.data(), {}, {}, Weights::kElement,
-                        {},     {}, {}, {}, nullptr};
+    RnnProblem<float> p{layout, I,  H,  1, x.data(), h.data(), c.data(), {}, {}, Weights::kElement,
+                        {},     {}, {}, {}};
     p.weight_ih[0] = w_ih.address, p.weight_hh[0] = w_hh.address;
     p.bias_ih[0] = b_ih.data(), p.bias_hh[0] = b_hh.data();
     return p;

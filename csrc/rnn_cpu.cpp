@@ -12,7 +12,7 @@ struct Results {
   Tensor output, h_n, c_n, cells, reserve;
 };
 
-Tensor nothing(const Tensor& x) { return new_dense(x, {0}); }
+Tensor nothing(const RnnOperands& o) { return o.fresh({0}); }
 
 Tensors list(const OptionalTensor& t) { return t ? Tensors{*t} : Tensors{}; }
 
@@ -35,12 +35,12 @@ void run_forward(const RnnOperands& o, const Results& r, bool last_states, bool 
 
 Results forward(const RnnOperands& o, bool train) {
   Results r;
-  r.output = new_dense(o.x, o.output_sizes());
-  r.h_n = new_dense(o.x, o.state_sizes());
-  r.c_n = o.has_c() ? new_dense(o.x, o.state_sizes()) : nothing(o.x);
+  r.output = o.fresh(o.output_sizes());
+  r.h_n = o.fresh(o.state_sizes());
+  r.c_n = o.has_c() ? o.fresh(o.state_sizes()) : nothing(o);
   if (train) {
-    r.cells = o.has_c() ? new_dense(o.x, o.output_sizes()) : nothing(o.x);
-    r.reserve = new_dense(o.x, o.reserve_sizes());
+    r.cells = o.has_c() ? o.fresh(o.output_sizes()) : nothing(o);
+    r.reserve = o.fresh(o.reserve_sizes());
   }
   run_forward(o, r, true, train);
   const auto outward = [&] {
@@ -89,14 +89,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_train(Text cell, Tensor x
   return {r.output, r.h_n, r.c_n, r.cells, r.reserve};
 }
 
-// A copy of narrow weights in float32.
+// A copy of int8 weights in float32.
 Tensors widened(const Tensors& narrow, const Tensors& scales) {
   Tensors wide;
   for (size_t d = 0; d < narrow.size(); ++d) {
-    if (scales.empty()) {
-      wide.push_back(dense_wide(narrow[d]));
-      continue;
-    }
     const int64_t rows = narrow[d].size(0), depth = narrow[d].size(1);
     wide.push_back(new_dense(scales[d], {rows, depth}));
     float* to = mutable_data<float>(wide[d]);
@@ -113,9 +109,9 @@ Tensors widened(const Tensors& narrow, const Tensors& scales) {
   return wide;
 }
 
-// Where the narrow kernels are slower than those with packed weights, they get such.
+// Where the kernels of int8 weights are slower than those with packed ones, they get such.
 void widen_unless_direct(RnnOperands& o) {
-  if (RnnForward<float>::takes_narrow(o.layout, o.weights)) return;
+  if (o.weights != Weights::kInt8 || RnnForward<float>::takes_narrow(o.layout, o.weights)) return;
   o.weight_ih = widened(o.weight_ih, o.scale_ih), o.weight_hh = widened(o.weight_hh, o.scale_hh);
   o.scale_ih.clear(), o.scale_hh.clear();
   o.weights = Weights::kElement;
@@ -128,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_narrow(Text cell, Tensor x, OptionalTenso
                                               OptionalTensor reset) {
   RnnOperands o = sequence_operands(cell.take(), x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
   o.take_narrow_weights(weight_ih, weight_hh, scale_ih, scale_hh);
-  o.take_weights({}, {}, bias_ih, bias_hh);
+  o.take_bias(bias_ih, bias_hh);
   widen_unless_direct(o);
   Results r = forward(o, false);
   return {r.output, r.h_n, r.c_n};
@@ -164,9 +160,9 @@ RnnOperands cell_operands(const std::string& cell, const Tensor& x, const Option
 Results cell_forward(const RnnOperands& o, bool train) {
   Results r;
   const std::vector<int64_t> state = {o.layout.batch, o.hidden};
-  r.output = new_dense(o.x, state);
-  r.c_n = r.cells = o.has_c() ? new_dense(o.x, state) : nothing(o.x);
-  if (train) r.reserve = new_dense(o.x, {o.layout.batch, o.sizes().kept, o.hidden});
+  r.output = o.fresh(state);
+  r.c_n = r.cells = o.has_c() ? o.fresh(state) : nothing(o);
+  if (train) r.reserve = o.fresh({o.layout.batch, o.sizes().kept, o.hidden});
   run_forward(o, r, false, train);
   return r;
 }
@@ -194,7 +190,7 @@ std::tuple<Tensor, Tensor> rnn_cell_narrow(Text cell, Tensor x, OptionalTensor h
                                            OptionalTensor bias_hh) {
   RnnOperands o = cell_operands(cell.take(), x, h, c, weight_hh);
   o.take_narrow_weights({weight_ih}, {weight_hh}, list(scale_ih), list(scale_hh));
-  o.take_weights({}, {}, list(bias_ih), list(bias_hh));
+  o.take_bias(list(bias_ih), list(bias_hh));
   widen_unless_direct(o);
   Results r = cell_forward(o, false);
   return {r.output, r.c_n};
@@ -222,15 +218,15 @@ Gradients backward(const RnnOperands& o, const Incoming& in, const Tensor& outpu
   const int64_t rows = o.gates() * o.hidden;
   want.bias = want.bias && !o.bias_ih.empty();
   Gradients grad;
-  grad.x = want.x ? new_dense(o.x, o.rows_of({o.input})) : nothing(o.x);
+  grad.x = want.x ? o.fresh(o.rows_of({o.input})) : nothing(o);
   // The scan's running gradients live there, wanted or not.
-  grad.h_0 = new_dense(o.x, state_sizes);
-  if (o.has_c()) grad.c_0 = new_dense(o.x, state_sizes);
+  grad.h_0 = o.fresh(state_sizes);
+  if (o.has_c()) grad.c_0 = o.fresh(state_sizes);
   for (int64_t d = 0; d < o.directions; ++d) {
-    if (want.weight) grad.weight_ih.push_back(new_dense(o.x, {rows, o.input}));
-    if (want.weight) grad.weight_hh.push_back(new_dense(o.x, {rows, o.hidden}));
-    if (want.bias) grad.bias_ih.push_back(new_dense(o.x, {rows}));
-    if (want.bias) grad.bias_hh.push_back(new_dense(o.x, {rows}));
+    if (want.weight) grad.weight_ih.push_back(o.fresh({rows, o.input}));
+    if (want.weight) grad.weight_hh.push_back(o.fresh({rows, o.hidden}));
+    if (want.bias) grad.bias_ih.push_back(o.fresh({rows}));
+    if (want.bias) grad.bias_hh.push_back(o.fresh({rows}));
   }
   o.with_element([&](auto element) {
     using T = decltype(element);
@@ -256,8 +252,8 @@ Gradients backward(const RnnOperands& o, const Incoming& in, const Tensor& outpu
     if (want.state) grad.h_0 = o.lengths->restored(*grad.h_0);
     if (want.state && grad.c_0) grad.c_0 = o.lengths->restored(*grad.c_0);
   }
-  if (!want.state || !grad.c_0) grad.c_0 = nothing(o.x);
-  if (!want.state) grad.h_0 = nothing(o.x);
+  if (!want.state || !grad.c_0) grad.c_0 = nothing(o);
+  if (!want.state) grad.h_0 = nothing(o);
   return grad;
 }
 
@@ -279,7 +275,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
     o.take_rows("grad_cells", in.cells, grad_cells);
     o.take_rows("cells", cell_rows, cells);
   }
-  check_like("reserve", reserve, "x in float32", o.x);
+  check(reserve.scalar_type() == (o.half() ? ScalarType::Float : o.dtype) && reserve.device() == x.device(),
+        "reserve and x", o.half() ? " in float32" : "", " must have the same dtype and device");
   check_shape("reserve", reserve, o.reserve_sizes());
   Gradients grad = backward(o, in, *output_rows, cell_rows ? *cell_rows : cells, dense(reserve),
                             o.state_sizes(), {need_x, need_state, need_weight, need_bias});
@@ -310,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_cell_back
   check_shape("reserve", reserve, {o.layout.batch, o.sizes().kept, o.hidden});
   Gradients grad = backward(o, in, *take("h_1", h_1), o.has_c() ? *take("c_1", c_1) : c_1, dense(reserve),
                             state, {need_x, need_state, need_weight, need_bias});
-  const auto only = [&](const Tensors& one) { return one.empty() ? nothing(x) : one[0]; };
+  const auto only = [&](const Tensors& one) { return one.empty() ? nothing(o) : one[0]; };
   return {grad.x,
           *grad.h_0,
           *grad.c_0,

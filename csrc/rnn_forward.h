@@ -1,6 +1,7 @@
 // A recurrent layer over a whole sequence: what to pack, how to cut the work, in which order.
 #pragma once
 
+#include "halves.h"
 #include "rnn_run.h"
 
 namespace cnnrnn {
@@ -9,14 +10,17 @@ template <typename T>
 class RnnForward {
  public:
   RnnForward(Cell cell, const RnnProblem<T>& problem, const RnnOutputs<T>& out)
-      : narrow_(problem.weights != Weights::kElement),
-        few_(problem.layout.rows <= (problem.layout.steps == 1 ? kDirectStepRows : kDirectRows)),
-        direct_(few_ || problem.layout.batch <= kDirectBatch || narrow_),
-        k((direct_ ? rnn_kernels_of<T>() : packed_kernels_for<T>(problem.layout.batch, problem.half))
+      : narrow_(problem.weights != Weights::kElement && takes_narrow(problem.layout, problem.weights)),
+        few_((narrow_ || problem.weights == Weights::kElement) &&
+             problem.layout.rows <= (problem.layout.steps == 1 ? kDirectStepRows : kDirectRows)),
+        direct_(few_ || narrow_ ||
+                (problem.weights == Weights::kElement && problem.layout.batch <= kDirectBatch)),
+        k((direct_ ? rnn_kernels_of<T>() : packed_kernels_for<T>(problem.layout.batch, problem.x_bf16))
               .cells[cell]),
-        input_(narrow_ || problem.layout.rows < kManyRows
+        input_(problem.layout.rows < (problem.x_bf16 ? kManyHalfRows : kManyRows) ||
+                       (narrow_ && !problem.x_bf16)
                    ? k
-                   : packed_kernels_for<T>(problem.layout.rows, problem.half).cells[cell]),
+                   : packed_kernels_for<T>(problem.layout.rows, problem.x_bf16).cells[cell]),
         p(problem),
         out(out) {
     work_ = p.scan_work(k.gates) + p.input_work(k.gates);
@@ -29,6 +33,7 @@ class RnnForward {
     const bool alike = direct_ || input_.forward == k.forward;
     const bool shared = (N >= kFusedRows && alike) || (N >= k.tile_rows && cached);
     fused_ = few_ || (!direct_ && (layout.steps == 1 || shared));
+    narrow_input_ = narrow_ && &of_input() == &k;
   }
 
   // Whether narrow weights are read as they come: int8 by faster kernels than packed ones are, until these
@@ -39,6 +44,7 @@ class RnnForward {
 
   void run() {
     if (!p.h_0 || !p.c_0 || p.reset) zeros_ = scratch_.template take_zeros<T>(H);
+    if (p.x_bf16 && !of_input().takes_bf16) widen_input();
     pack();
     // Projections are made for some steps at a time: few enough to be still in cache when the scan comes.
     constexpr int64_t kProjectedBytes = 2 << 20;
@@ -64,30 +70,52 @@ class RnnForward {
   static constexpr int64_t kDirectRows = 16, kDirectStepRows = 64, kDirectBatch = 1;
   static constexpr int64_t kFusedRows = 16;
   // Packing for tile registers takes longer: rows enough to make up for it.
-  static constexpr int64_t kManyRows = 256;
+  static constexpr int64_t kManyRows = 256, kManyHalfRows = 32;
 
   int64_t packed(int64_t depth) const { return k.packed(panels_, depth); }
   // The kernels that multiply x, and what packed W takes for them.
   const CellKernels<T>& of_input() const { return fused_ ? k : input_; }
   int64_t packed_input() const { return of_input().packed(panels_, p.input); }
 
+  void widen_input() {
+    const int64_t count = layout.rows * p.input;
+    T* const wide = scratch_.template take<T>(count);
+    if constexpr (sizeof(T) == sizeof(float))
+      for_elements(count,
+                   [&](int64_t first, int64_t last) { widen(p.x_bf16 + first, last - first, wide + first); });
+    x_ = wide;
+  }
+
   void pack() {
-    if (!narrow_ && (!fused_ || !direct_)) w_ = scratch_.template take<T>(D * packed_input());
+    if (fused_ ? !direct_ : !narrow_input_) w_ = scratch_.template take<T>(D * packed_input());
     if (!direct_) r_ = scratch_.template take<T>(D * packed(H));
     if (!direct_ && p.bias_ih[0]) bias_ = scratch_.template take<T>(D * packed_bias());
     if (!w_) return;
     for_workers(workers_, [&](int64_t worker) {
       const Share share(panels_, worker, workers_);
       for (int64_t d = 0; d < D; ++d) {
-        of_input().pack_gates(weights(p.weight_ih[d]), H, p.input, share.first, share.last,
-                              w_ + d * packed_input());
-        if (r_) k.pack_gates(weights(p.weight_hh[d]), H, H, share.first, share.last, r_ + d * packed(H));
+        pack_gates(of_input(), p.weight_ih[d], p.input, share, w_ + d * packed_input());
+        if (r_) pack_gates(k, p.weight_hh[d], H, share, r_ + d * packed(H));
         if (bias_ && worker == 0) k.pack_bias(p.bias_ih[d], p.bias_hh[d], H, bias_ + d * packed_bias());
       }
     });
   }
+  void pack_gates(const CellKernels<T>& of, const void* w, int64_t depth, const Share& share, T* to) const {
+    if (p.weights == Weights::kBf16)
+      of.pack_gates_bf16(static_cast<const Bf16*>(w), H, depth, share.first, share.last, to);
+    else
+      of.pack_gates(static_cast<const T*>(w), H, depth, share.first, share.last, to);
+  }
   int64_t packed_bias() const { return panels_ * k.parts * k.panel_units; }
-  static const T* weights(const void* w) { return static_cast<const T*>(w); }
+
+  // x from row `first` on, as the kernels that multiply it take it.
+  void set_input(RnnForwardStep<T>& step, int64_t first) const {
+    if (x_)
+      step.x = x_ + first * p.input;
+    else
+      step.x_bf16 = p.x_bf16 + first * p.input;
+    step.x_stride = p.input;
+  }
 
   // The chunk's first time: steps from_ .. from_ + count_ of direction 1 lie mirrored.
   int64_t chunk_time(int64_t d) const { return d == 0 ? from_ : layout.steps - from_ - count_; }
@@ -101,19 +129,20 @@ class RnnForward {
   }
 
   void project() {
-    const auto project = p.weights == Weights::kBf16   ? input_.project_bf16
-                         : p.weights == Weights::kInt8 ? input_.project_int8
-                                                       : input_.project;
+    const auto project = !narrow_input_                ? input_.project
+                         : p.weights == Weights::kBf16 ? input_.project_bf16
+                                                       : input_.project_int8;
     for_workers(workers_, [&](int64_t worker) {
       for (int64_t d = 0; d < D; ++d) {
         const int64_t t = chunk_time(d), first = layout.offset(t);
         RnnForwardStep<T> step{};
         step.rows = layout.offset(t + count_) - first, step.hidden = H, step.input = p.input;
-        step.x = p.x + first * p.input, step.x_stride = p.input;
-        step.w = narrow_ ? p.weight_ih[d] : w_ + d * packed_input(), step.scale_ih = p.scale_ih[d];
+        set_input(step, first);
+        step.w = narrow_input_ ? p.weight_ih[d] : w_ + d * packed_input(), step.scale_ih = p.scale_ih[d];
         step.projection = projection_at(d, t), step.projection_stride = projection_stride();
         step.scratch = member_scratch(worker);
-        const Share share(panels_ * (narrow_ ? 1 : ceil_div(step.rows, input_.band_rows)), worker, workers_);
+        const Share share(panels_ * (narrow_input_ ? 1 : ceil_div(step.rows, input_.band_rows)), worker,
+                          workers_);
         project(step, share.first, share.last);
       }
     });
@@ -126,9 +155,9 @@ class RnnForward {
     const ScanPlan plan(fused_ ? work_ : p.scan_work(k.gates) * count_ / layout.steps, D, N, scan_tasks(N),
                         k.tile_rows, bytes);
     const auto kernel = !direct_                      ? k.forward
+                        : !narrow_                    ? k.forward_direct
                         : p.weights == Weights::kBf16 ? k.forward_bf16
-                        : p.weights == Weights::kInt8 ? k.forward_int8
-                                                      : k.forward_direct;
+                                                      : k.forward_int8;
     plan.run(count_, D, layout,
              [&](int64_t member, int64_t s, int64_t d, int64_t row, int64_t last, int64_t worker, int64_t of,
                  int64_t directions) {
@@ -151,7 +180,7 @@ class RnnForward {
     step.downward = (s + turn_) % 2 == 1;
     step.projected = !fused_;
     if (fused_) {
-      step.x = p.x + at * p.input, step.x_stride = p.input;
+      set_input(step, at);
       step.w = direct_ ? p.weight_ih[d] : w_ + d * packed_input();
     } else {
       step.projection = projection_at(d, t) + row * projection_stride();
@@ -211,7 +240,7 @@ class RnnForward {
   const int64_t panels_ = ceil_div(H, k.panel_units);
   double work_;
   int64_t workers_, chunk_ = 0, from_ = 0, count_ = 0;
-  bool fused_;
+  bool fused_, narrow_input_;
   // Calls take turns too: a stream of single steps finds in cache what the call before has read last.
   const int64_t turn_ = next_turn();
   static int64_t next_turn() {
@@ -219,6 +248,7 @@ class RnnForward {
     return turn ^= 1;
   }
   T *w_ = nullptr, *r_ = nullptr, *bias_ = nullptr, *projected_ = nullptr, *zeros_ = nullptr;
+  const T* x_ = p.x;
   T* member_scratch_ = nullptr;
   int64_t member_size_ = 0;
   Scratch scratch_;

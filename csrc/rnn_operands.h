@@ -29,7 +29,7 @@ struct RnnOperands {
   Layout layout{0, 0};
   int64_t input, hidden, directions, steps;
   bool packed;       // x came as [R, I]
-  ScalarType dtype;  // of every operand as it came; bfloat16 is widened
+  ScalarType dtype;  // of every operand as it came; bfloat16 is widened, but for x and the weights
   Tensor x;
   OptionalTensor h_0, c_0, reset;
   Weights weights = Weights::kElement;
@@ -44,10 +44,14 @@ struct RnnOperands {
   int64_t gates() const { return sizes().gates; }
   bool has_c() const { return sizes().has_c; }
 
-  // Calls f with a value of the element type.
+  // Calls f with a value of the kernels' element type; a new tensor of it.
   template <typename F>
   auto with_element(const F& f) const {
-    return x.scalar_type() == ScalarType::Float ? f(float{}) : f(double{});
+    return dtype == ScalarType::Double ? f(double{}) : f(float{});
+  }
+  Tensor fresh(const std::vector<int64_t>& sizes) const {
+    return new_dense(sizes.data(), sizes.size(),
+                     dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   }
 
   std::vector<int64_t> state_sizes() const { return {directions, layout.batch, hidden}; }
@@ -73,14 +77,14 @@ struct RnnOperands {
     check_shape(name, t, sizes_of);
   }
 
-  void take(const char* name, Tensors& into, const Tensors& from,
-            const std::vector<int64_t>& sizes_of) const {
+  void take(const char* name, Tensors& into, const Tensors& from, const std::vector<int64_t>& sizes_of,
+            bool widen = true) const {
     check(static_cast<int64_t>(from.size()) == directions, name, ": expected one tensor per direction (",
           directions, "), got ", from.size());
     into.reserve(from.size());
     for (const Tensor& t : from) {
       check_operand(name, t, sizes_of);
-      into.push_back(dense_wide(t));
+      into.push_back(widen ? dense_wide(t) : dense(t));
     }
   }
 
@@ -102,10 +106,14 @@ struct RnnOperands {
 
   void take_weights(const Tensors& ih, const Tensors& hh, const Tensors& b_ih, const Tensors& b_hh) {
     const int64_t rows = gates() * hidden;
-    if (weights == Weights::kElement) {
-      take("weight_ih", weight_ih, ih, {rows, input});
-      take("weight_hh", weight_hh, hh, {rows, hidden});
-    }
+    take("weight_ih", weight_ih, ih, {rows, input}, false);
+    take("weight_hh", weight_hh, hh, {rows, hidden}, false);
+    if (half()) weights = Weights::kBf16;
+    take_bias(b_ih, b_hh);
+  }
+
+  void take_bias(const Tensors& b_ih, const Tensors& b_hh) {
+    const int64_t rows = gates() * hidden;
     check(b_ih.empty() == b_hh.empty(), "bias_ih and bias_hh: give both or neither");
     if (b_ih.empty()) return;
     take("bias_ih", bias_ih, b_ih, {rows});
@@ -147,7 +155,7 @@ struct RnnOperands {
                     input,
                     hidden,
                     directions,
-                    data<T>(x),
+                    half() ? nullptr : data<T>(x),
                     data<T>(get(h_0)),
                     data<T>(get(c_0)),
                     {},
@@ -158,7 +166,7 @@ struct RnnOperands {
                     {},
                     {},
                     data<uint8_t>(get(reset)),
-                    half()};
+                    half() ? data<Bf16>(x) : nullptr};
     for (int64_t d = 0; d < directions; ++d) {
       p.weight_ih[d] = weight_ih[d].const_data_ptr(), p.weight_hh[d] = weight_hh[d].const_data_ptr();
       if (!scale_ih.empty()) p.scale_ih[d] = data<T>(scale_ih[d]);
@@ -229,7 +237,7 @@ inline RnnOperands sequence_operands(const std::string& cell, const Tensor& x, c
     if (lengths) o.lengths = lengths_of(*lengths, x.size(1), o.steps);
     o.layout = o.lengths ? o.lengths->layout() : Layout(o.steps, x.size(1));
   }
-  o.x = dense_wide(x);
+  o.x = dense(x);
   if (o.lengths) o.x = o.lengths->pack(o.x);
   o.take_state("h_0", o.h_0, h_0);
   check(!c_0 || o.has_c(), "c_0: only lstm has one");

@@ -24,8 +24,8 @@ struct RnnProblem {
   Weights weights;
   const T *scale_ih[2], *scale_hh[2];  // null but for int8
   const T *bias_ih[2], *bias_hh[2];    // may be null
-  const uint8_t* reset;                // [rows], or null
-  bool half;                           // bfloat16 products will do
+  const uint8_t* reset = nullptr;      // [rows], or null
+  const Bf16* x_bf16 = nullptr;        // x in its place: products in bfloat16 will do
 
   int64_t state_offset(int64_t d) const { return d * layout.batch * hidden; }
   double scan_work(int64_t gates) const { return 1.0 * gates * directions * layout.rows * hidden * hidden; }

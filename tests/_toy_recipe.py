@@ -65,7 +65,7 @@ class Toy(Classification):
         noise = (draws or Draws(1, 1, rows)).normal(6, 3)
         return Batch((noise * self.settings.noise + (label * 2.0 - 1)[:, None, None],), {"label": label})
 
-    def explain(self, path, model, batch, name, facts):
+    def explain(self, path, model, split, row, name, facts):
         path.write_bytes(b"a picture")
         return f"{name}: why"
 

@@ -26,6 +26,8 @@ using cnnrnn::RnnForwardStep;
 using cnnrnn::RnnKernels;
 using cnnrnn::StateRows;
 
+using cnnrnn::Bf16;
+
 static uint64_t seed = 1;
 static double uniform() {  // in [-1, 1)
   seed = seed * 6364136223846793005u + 1442695040888963407u;
@@ -65,6 +67,18 @@ static Buffer<uint8_t> flags(int64_t count) {
   Buffer<uint8_t> values(count);
   for (uint8_t& v : values) v = uniform() < -0.3;
   return values;
+}
+
+// The values cut to bfloat16, which stay in place.
+template <typename T>
+Buffer<Bf16> narrowed(Buffer<T>& values) {
+  Buffer<Bf16> halves;
+  for (T& v : values) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, static_cast<float>(v)) & 0xffff0000u;
+    halves.push_back({static_cast<uint16_t>(bits >> 16)});
+    v = static_cast<T>(__builtin_bit_cast(float, bits));
+  }
+  return halves;
 }
 
 static int64_t checks = 0, failures = 0;
@@ -146,6 +160,8 @@ static int64_t kept_at(int64_t rows, int64_t row, int64_t hidden, int64_t K, int
 enum class How {
   kFused,
   kProjected,
+  kFusedFromBf16,  // weights packed from bfloat16, and x as it where the kernel takes that
+  kProjectedFromBf16,
   kDirect,
   kDirectProjected,
   kBf16,
@@ -159,7 +175,7 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
              bool keep, bool resets) {
   const int64_t G = k.gates, P = k.parts, K = k.kept, panels = ceil_div(H, k.panel_units);
   constexpr int64_t lanes = kLanesOf<T>;
-  const Buffer<T> x = random<T>(rows * (I + 2));
+  Buffer<T> x = random<T>(rows * (I + 2));
   Buffer<T> w = random<T>(G * H * I), r = random<T>(G * H * H, 0.7);
   const Buffer<T> b_ih = random<T>(G * H), b_hh = random<T>(G * H);
   const Buffer<T> s_ih = random<T>(G * H), s_hh = random<T>(G * H);
@@ -171,14 +187,25 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
   Buffer<T> packed_w(k.packed(panels, I)), packed_r(k.packed(panels, H));
   Buffer<T> scratch(k.scratch(rows, I, H, false));
   Buffer<T> packed_bias(panels * P * k.panel_units);
-  k.pack_gates(w.data(), H, I, 0, panels, packed_w.data());
-  k.pack_gates(r.data(), H, H, 0, panels / 2, packed_r.data());
-  k.pack_gates(r.data(), H, H, panels / 2, panels, packed_r.data());
+  const bool from_bf16 = how == How::kFusedFromBf16 || how == How::kProjectedFromBf16;
+  Buffer<Bf16> half_x, half_w, half_r;
+  const auto pack = [&](const auto& pack_gates, const auto& of_w, const auto& of_r) {
+    pack_gates(of_w.data(), H, I, 0, panels, packed_w.data());
+    pack_gates(of_r.data(), H, H, 0, panels / 2, packed_r.data());
+    pack_gates(of_r.data(), H, H, panels / 2, panels, packed_r.data());
+  };
+  if (from_bf16) {
+    half_w = narrowed(w), half_r = narrowed(r), half_x = narrowed(x);
+    pack(k.pack_gates_bf16, half_w, half_r);
+  } else {
+    pack(k.pack_gates, w, r);
+  }
   k.pack_bias(b_ih.data(), b_hh.data(), H, packed_bias.data());
 
   RnnForwardStep<T> s{};
   s.rows = rows, s.hidden = H, s.input = I, s.downward = rows % 2;
   s.x = x.data(), s.x_stride = I + 2;
+  if (from_bf16 && k.takes_bf16) s.x = nullptr, s.x_bf16 = half_x.data();
   s.w = packed_w.data(), s.r = packed_r.data();
   if (bias) s.bias = packed_bias.data(), s.bias_ih = b_ih.data(), s.bias_hh = b_hh.data();
   s.h = h.view(), s.c = c_same.view();
@@ -189,26 +216,17 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
   s.scratch = scratch.data();
 
   const int64_t tasks = panels * ceil_div(rows, k.tile_rows), bands = panels * ceil_div(rows, k.band_rows);
-  const bool direct = how != How::kFused && how != How::kProjected;
-  if (how == How::kProjected || how == How::kDirectProjected) {
+  const bool direct = how != How::kFused && how != How::kProjected && !from_bf16;
+  if (how == How::kProjected || how == How::kDirectProjected || how == How::kProjectedFromBf16) {
     k.project(s, 0, bands / 2), k.project(s, bands / 2, bands);
-    s.projected = true, s.x = nullptr, s.w = nullptr;
+    s.projected = true, s.x = nullptr, s.x_bf16 = nullptr, s.w = nullptr;
   }
-  Buffer<uint16_t> half_w, half_r;
   Buffer<int8_t> byte_w, byte_r;
   auto kernel = direct ? k.forward_direct : k.forward;
   const bool bf16 = how == How::kBf16 || how == How::kBf16Projected;
   const bool int8 = how == How::kInt8 || how == How::kInt8Projected;
   if (bf16) {
-    const auto narrow = [](Buffer<T>& from, Buffer<uint16_t>& to) {
-      for (T& v : from) {
-        const float wide = static_cast<float>(v);
-        uint32_t bits = __builtin_bit_cast(uint32_t, wide) & 0xffff0000u;
-        to.push_back(static_cast<uint16_t>(bits >> 16));
-        v = static_cast<T>(__builtin_bit_cast(float, bits));
-      }
-    };
-    narrow(w, half_w), narrow(r, half_r);
+    half_w = narrowed(w), half_r = narrowed(r);
     kernel = k.forward_bf16, s.w = half_w.data(), s.r = half_r.data();
   } else if (int8) {
     const auto narrow = [&](Buffer<T>& from, Buffer<int8_t>& to, const Buffer<T>& scale, int64_t depth) {
@@ -338,7 +356,7 @@ void put_special(Buffer<T>& values, int64_t every) {
 
 template <typename T>
 void products(const RnnKernels<T>& k, int64_t rows, int64_t columns, int64_t depth, bool accumulate,
-              bool special = false) {
+              bool special = false, bool from_bf16 = false) {
   const int64_t wide = 4 * k.lanes, panels = ceil_div(columns, wide);
   const int64_t split = depth / 3, skip = accumulate ? 5 : 0, a_row = depth + skip + 1;
   Buffer<T> a = random<T>(rows * a_row), a_t = random<T>(depth * (rows + 1));
@@ -348,7 +366,13 @@ void products(const RnnKernels<T>& k, int64_t rows, int64_t columns, int64_t dep
   Buffer<T> scratch(std::max(k.product_scratch, k.multiply_scratch(depth)));
   const Buffer<T> start = random<T>(rows * (columns + 1));
   Buffer<T> c = start;
-  k.pack_columns(b.data(), columns + 2, depth, columns, 0, panels, packed.data());
+  Buffer<Bf16> half_b;
+  if (from_bf16) {
+    half_b = narrowed(b);
+    k.pack_columns_bf16(half_b.data(), columns + 2, depth, columns, 0, panels, packed.data());
+  } else {
+    k.pack_columns(b.data(), columns + 2, depth, columns, 0, panels, packed.data());
+  }
   Product<T> p{};
   p.rows = rows, p.columns = columns, p.depth = depth, p.accumulate = accumulate;
   p.a = a.data(), p.a_row = a_row, p.a_depth = 1, p.a_split = split, p.a_skip = skip;
@@ -369,6 +393,7 @@ void products(const RnnKernels<T>& k, int64_t rows, int64_t columns, int64_t dep
   c = start;
   p.a = a_t.data(), p.a_row = 1, p.a_depth = rows + 1;
   p.b = b.data(), p.b_stride = columns + 2;
+  if (from_bf16) p.b = nullptr, p.b_bf16 = half_b.data();
   tasks = panels * ceil_div(rows, k.row_block);
   k.multiply_unpacked(p, 0, tasks / 3, scratch.data());
   k.multiply_unpacked(p, tasks / 3, tasks, scratch.data());
@@ -392,6 +417,10 @@ void all(const RnnKernels<T>& k, const std::vector<int64_t>& heights) {
         const bool odd = (rows + H) % 2;
         forward(one, cell, rows, H, 5, How::kFused, true, true, odd);
         forward(one, cell, rows, H, 19, How::kProjected, odd, !odd, !odd);
+        if constexpr (sizeof(T) == 4) {
+          forward(one, cell, rows, H, 2 * k.lanes + 5, How::kFusedFromBf16, odd, true, !odd);
+          forward(one, cell, rows, H, 2 * k.lanes + 5, How::kProjectedFromBf16, !odd, odd, odd);
+        }
         if (rows > 5 || !one.forward_direct) continue;
         forward(one, cell, rows, H, k.lanes + 3, How::kDirect, !odd, true, odd);
         forward(one, cell, rows, H, 7, How::kDirectProjected, true, odd, !odd);
@@ -414,7 +443,10 @@ void all(const RnnKernels<T>& k, const std::vector<int64_t>& heights) {
   }
   for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 11, 50, 100})
     for (int64_t columns : {1, 4 * k.lanes, 4 * k.lanes + 3})
-      for (int64_t depth : {0, 1, 9, 300}) products(k, rows, columns, depth, (rows + depth) % 2);
+      for (int64_t depth : {0, 1, 9, 300}) {
+        products(k, rows, columns, depth, (rows + depth) % 2);
+        if constexpr (sizeof(T) == 4) products(k, rows, columns, depth, (rows + depth) % 2, false, true);
+      }
   if (!halves) products(k, 75, 70, 40, false, true);
 }
 

@@ -126,6 +126,57 @@ def test_bidirectional(kind, merge, sequences):
     compare(sequential((7, 5), layers.Bidirectional(layer, merge_mode=merge)))
 
 
+@pytest.mark.parametrize("sequences", [False, True])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_going_backwards(kind, sequences):
+    chain = [RECURRENT[kind](go_backwards=True, return_sequences=sequences)]
+    compare(sequential((7, 5), *chain, *[layers.LSTM(3)] * sequences))
+
+
+ROWS = 4000  # of the same sequence, each with a mask of its own
+
+
+@pytest.mark.parametrize("going", ["one way", "both ways"])
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [
+        ("lstm", {"dropout": 0.4}),
+        ("gru", {"dropout": 0.4}),
+        ("gru, reset before", {"dropout": 0.4}),
+        ("tanh", {"dropout": 0.4, "recurrent_dropout": 0.3}),
+        ("tanh", {"recurrent_dropout": 0.5}),
+    ],
+)
+def test_dropout_within_recurrent_layers(kind, rates, going):
+    """Means and deviations over many masks are Keras' own, in training; without training nothing is left
+    out."""
+    layer = RECURRENT[kind](**rates)
+    model = sequential((4, 3), layer if going == "one way" else layers.Bidirectional(layer))
+    module = compare(model).train()
+    x = torch.randn(1, 4, 3).expand(ROWS, 4, 3)
+    with torch.no_grad():
+        ours, theirs = module(x), model(x, training=True)
+    spread = theirs.std(0)
+    assert spread.min() > 1e-3, "the case says nothing: nothing was left out"
+    noise = 5 * spread / ROWS**0.5
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 2 * noise).all()
+    assert ((ours.std(0) / spread - 1).abs() < 0.15).all()
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "gru, reset before"])
+def test_recurrent_dropout_of_gated_layers(kind):
+    """From the second step on (the first reads a state of zero), and in training alone. Keras draws a mask
+    for each gate: its numbers are others."""
+    model = sequential((5, 3), RECURRENT[kind](recurrent_dropout=0.5, return_sequences=True))
+    module = compare(model).train()
+    x = torch.randn(1, 5, 3).expand(ROWS, 5, 3)
+    with torch.no_grad():
+        ours = module(x)
+    assert ours[:, 0].std(0).max() < 1e-6
+    assert ours[:, 1:].std(0).min() > 1e-3
+    assert torch.equal(module.eval()(x), module(x))
+
+
 def test_stacked_recurrent_layers():
     chain = [
         layers.LSTM(6, return_sequences=True),
@@ -160,6 +211,34 @@ def test_conv2d(name, pool):
     compare(sequential((11, 14, 3), CONVOLUTIONS[name](), *pools[pool]))
 
 
+FIRST = {"data_format": "channels_first"}
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_channels_first(padding, stride):
+    convolution = layers.Conv2D(4, 3, strides=stride, padding=padding, activation="relu", **FIRST)
+    pool = layers.MaxPooling2D(2, padding=padding, **FIRST)
+    last = [layers.BatchNormalization(axis=1), layers.AveragePooling2D(2, **FIRST), layers.Flatten(**FIRST)]
+    module = compare(sequential((3, 12, 13), convolution, pool, *last, layers.Dense(3)))
+    (conv,) = [part for part in module.modules() if isinstance(part, cx.ConvPool2d)]
+    assert (conv.activation, conv.pool) == ("relu", "max")
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda: layers.MaxPooling1D(3, 2, padding="same", **FIRST),
+        lambda: layers.GlobalAveragePooling1D(**FIRST),
+        lambda: layers.GlobalMaxPooling1D(keepdims=True, **FIRST),
+        lambda: layers.Flatten(**FIRST),
+        lambda: layers.MaxPooling1D(2),  # over the channels, which are last for it
+    ],
+)
+def test_channels_first_1d(last):
+    compare(sequential((4, 13), layers.Conv1D(6, 3, padding="same", strides=2, **FIRST), last()))
+
+
 @pytest.mark.parametrize("padding", ["valid", "same", "causal"])
 @pytest.mark.parametrize("options", [{}, {"dilation_rate": 2}, {"strides": 2}, {"groups": 2}])
 def test_conv1d(padding, options):
@@ -192,6 +271,8 @@ def test_activations(name):
         lambda: layers.GlobalAveragePooling2D(keepdims=True),
         lambda: layers.GlobalMaxPooling2D(),
         lambda: layers.BatchNormalization(axis=3),
+        lambda: layers.BatchNormalization(axis=1),
+        lambda: layers.BatchNormalization(axis=-2),
         lambda: layers.TimeDistributed(layers.GlobalMaxPooling1D()),
         lambda: layers.TimeDistributed(layers.LSTM(3)),
         lambda: layers.TimeDistributed(layers.Dense(3, use_bias=False)),

@@ -37,6 +37,14 @@ def test_bidirectional(kind, sequences):
     compare(sequential((6,), embedding(), layer), TOKENS)
 
 
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_going_backwards(kind):
+    """Where outputs of single steps are wanted, Keras leaves the mask in the order of the input."""
+    compare(sequential((6,), embedding(), RECURRENT[kind](go_backwards=True)), TOKENS)
+    chain = [RECURRENT[kind](go_backwards=True, return_sequences=True), layers.LSTM(3)]
+    compare(sequential((6,), embedding(), *chain), TOKENS)
+
+
 @pytest.mark.parametrize("sequences", [False, True])
 def test_zero_output_for_mask(sequences):
     layer = layers.LSTM(4, return_sequences=sequences, zero_output_for_mask=True)

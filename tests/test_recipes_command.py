@@ -10,8 +10,8 @@ import torch
 from _recipes import run
 from _toy_recipe import Toy, fit, stop_after, toy
 
-from cnnrnn_ext import _files
-from cnnrnn_ext.recipes import checkpoints, cli, comparison
+from cnnrnn_ext import _files, _timing
+from cnnrnn_ext.recipes import checkpoints, cli, comparison, runs
 from cnnrnn_ext.recipes.options import STOPPED
 
 pytestmark = pytest.mark.usefixtures("toy_recipe", "interrupts")
@@ -42,7 +42,21 @@ def test_train_writes_what_it_measured(trained, capsys):
     ]  # fmt: skip
 
 
-def test_comparison_times_equal_models_and_names_their_kernels(compiled):
+def clock(monkeypatch, milliseconds):
+    """Every contender is run once, and takes the milliseconds (of two rounds) that ``milliseconds`` says."""
+
+    def paired(steps, rounds, control, **options):
+        for step in steps.values():
+            step()
+        times = {name: milliseconds[name] for name in (*steps, _timing.CONTROL)}
+        return _timing.Timings({name: [ms / 1e3 for ms in pair] for name, pair in times.items()}, control)
+
+    monkeypatch.setattr(_timing, "paired", paired)
+
+
+def test_comparison_times_equal_models_and_names_their_kernels(compiled, monkeypatch):
+    times = {"cnnrnn_ext": (2, 4), "stock": (8, 12), "reference": (6, 16), "control": (8, 12.6)}
+    clock(monkeypatch, times)
     recipe = toy(quick=True)
     data = recipe.load()
     models = comparison.contenders(recipe, data.facts)
@@ -55,11 +69,11 @@ def test_comparison_times_equal_models_and_names_their_kernels(compiled):
     compared = comparison.measure(recipe, data.facts, batch)
     assert set(compared["step_ms"]) == {"cnnrnn_ext", "stock", "reference"}
     assert compared["ratios"].keys() == {"stock", "reference"}
-    for name, ratio in compared["ratios"].items():
-        assert ratio["p25"] <= ratio["median"] <= ratio["p75"]
-        assert ratio["median"] == pytest.approx(
-            compared["step_ms"][name] / compared["step_ms"]["cnnrnn_ext"], rel=0.5
-        )
+    assert compared["step_ms"] == pytest.approx({"cnnrnn_ext": 3, "stock": 10, "reference": 11})
+    medians = {name: ratio["median"] for name, ratio in compared["ratios"].items()}
+    assert medians == pytest.approx({"stock": 3.5, "reference": 3.5})  # of 8/2, 12/4 and of 6/2, 16/4
+    assert compared["control"]["median"] == pytest.approx(1.025)
+    assert compared["valid"]
     (kernel,) = compared["conditions"]["kernels"]
     assert kernel.startswith("lstm: ")
     assert "plain torch" not in kernel
@@ -95,6 +109,51 @@ def test_pictures_show_something(trained):
         picture = imread(trained / name)
         assert min(picture.shape[:2]) > 400
         assert picture[..., :3].std() > 0.03
+
+
+def test_epochs_are_whole_numbers(tmp_path, monkeypatch):
+    from cnnrnn_ext.recipes import drawing
+    from cnnrnn_ext.recipes.harness import History
+
+    drawn = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(figure))
+    for epochs in (2, 18):
+        history = History([2.0, 1.0] * epochs, [{"accuracy": e / epochs} for e in range(epochs)])
+        drawing.curve(tmp_path / "a.png", history, "accuracy", "title")
+        for axes in drawn.pop().axes:
+            ticks = axes.get_xticks()
+            assert len(ticks) > 1
+            assert all(tick == int(tick) for tick in ticks)
+
+
+def test_a_long_title_ends_within_the_page():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from cnnrnn_ext.recipes import drawing
+
+    with drawing.styled():
+        figure = drawing.page(6.0, 3.0, "the same words again " * 9, "below")
+        title = figure.texts[0]
+        assert title.get_text().endswith("…")
+        assert title.get_window_extent(FigureCanvasAgg(figure).get_renderer()).x1 < figure.bbox.x1
+
+
+def test_parts_of_a_split_are_a_table(capsys):
+    runs._print_grids(
+        {
+            "copy": {"accuracy": 0.5},
+            "by_language": {"de": {"pairs": 12, "exact_match": 0.25}, "fr": {"pairs": 3, "exact_match": 1.0}},
+        }
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "by language  pairs  exact match",
+        "de              12       25.00%",
+        "fr               3      100.00%",
+    ]
+    assert list(runs._flat({"without_noise": {"word_accuracy": 0.5}, "by_kind": {"a": {"n": 1}}})) == [
+        ("without noise, word accuracy", 0.5)
+    ]
 
 
 def test_evaluate_measures_what_a_stock_model_measures(trained, capsys):

@@ -79,6 +79,32 @@ def test_early_stopping(tmp_path, monkeypatch):
     assert len(history.validation) == 6
 
 
+def test_a_run_that_stopped_early_is_at_its_end(tmp_path, monkeypatch):
+    """Killed before its figures were written it goes on with them, not with more epochs."""
+    scores = iter([0.7, 0.6, 0.5, 0.9, 0.9])
+    monkeypatch.setattr(Toy, "results", lambda self, metrics: {"accuracy": next(scores)})
+    whole, model = fit(tmp_path, epochs=30, patience=2)
+    again, resumed = fit(tmp_path, epochs=30, patience=2, resume=True)
+    assert (again.best, again.validation, again.losses) == (whole.best, whole.validation, whole.losses)
+    assert len(again.validation) == 3
+    before = checkpoints.read(tmp_path / checkpoints.LAST, "toy")["state_dict"]
+    for name, weight in model.state_dict().items():
+        assert weight.equal(before[f"model.{name}"])
+        assert weight.equal(resumed.state_dict()[name])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true"])
+def test_precisions_learn_what_float32_does(tmp_path, precision):
+    """Gradients clipped, in mixed precision after they were unscaled: the losses stay near float32's."""
+    plain, _ = fit(tmp_path / "plain", epochs=2)
+    other, model = fit(tmp_path / precision, epochs=2, precision=precision)
+    assert len(other.losses) == len(plain.losses)
+    assert max(abs(a - b) for a, b in zip(other.losses, plain.losses, strict=True)) < 0.05
+    assert plain.losses[-1] < plain.losses[0] - 0.05, "the case says nothing: it does not learn"
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     fit(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in (checkpoints.BEST, checkpoints.LAST)}

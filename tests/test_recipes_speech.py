@@ -70,6 +70,17 @@ def test_greedy_decoding_merges_runs_and_drops_blanks():
     assert ctc.greedy(torch.zeros(1, 3, 2), torch.tensor([0]))[0].labels == []
 
 
+def test_the_likeliest_label_is_no_blank_and_within_the_row():
+    logits = torch.full((2, 3, 4), -5.0)
+    logits[:, :, 0] = 9.0  # the blank, everywhere
+    logits[0, 1, 2], logits[0, 2, 3] = 1.0, 4.0
+    logits[1, 0, 1], logits[1, 2, 3] = 2.0, 5.0  # the latter behind the row's end
+    first, second = ctc.likeliest(logits, torch.tensor([3, 2]))
+    assert (first.labels, first.steps) == ([3], [2])
+    assert (second.labels, second.steps) == ([1], [0])
+    assert first.probabilities == pytest.approx([logits[0, 2].softmax(0)[3].item()])
+
+
 def test_steps_needed():
     assert ctc.steps_needed([1, 1, 2, 2, 2]) == 5 + 3
     assert ctc.steps_needed([]) == 0
@@ -128,6 +139,29 @@ def recipe_batch(targets):
     from cnnrnn_ext.recipes.base import Batch
 
     return Batch((), targets)
+
+
+def test_where_nothing_is_heard_what_came_nearest_is_explained(tmp_path, monkeypatch):
+    from cnnrnn_ext.recipes import drawing_speech
+
+    drawn = []
+    monkeypatch.setattr(drawing_speech, "explanation", lambda *args: drawn.append(args))
+    recipe, found = loaded("strings")
+    model = recipe.build(found.facts).eval()
+    with torch.no_grad():
+        model.heads.bias[0] = 20.0  # the blank, always
+    split = found.splits["test"]
+    (said,) = recipe.predict(model, recipe.batch(split, [0]), found.facts)
+    assert (said["text"], said["units"]) == ("", [])
+    (nearest,) = said["nearest"]
+    assert nearest["probability"] < 0.1
+    place = [(nearest["step"], found.facts["symbols"].index(nearest["unit"]) + 1)]
+    assert recipe.places(said, found.facts) == place
+    told = recipe.explain(tmp_path / "a.png", model, split, 0, "sample", found.facts)
+    assert "nothing" in told
+    ((*_, relevance, marks, _),) = drawn
+    assert relevance.abs().max() > 0
+    assert marks[0][1].startswith(f"{nearest['unit']}?")
 
 
 def test_the_explained_number_is_the_logit_of_the_answer():
@@ -195,9 +229,10 @@ def test_strings_of_the_users_own(tmp_path, capsys):
         f"{path.relative_to(tmp_path)}\t{path.parent.name}\t{path.stem.split('_')[0]}"
         for path in sorted(folder.rglob("*.wav"))
     ]
-    one = lines[0].split("\t")[0]
+    one, *others = lines
+    one = one.split("\t")[0]
     table = tmp_path / "all.tsv"
-    table.write_text("\n".join([*lines, f"{one}\t" + "one " * 50]), encoding="utf-8")
+    table.write_text("\n".join([*others, f"{one}\t" + "one " * 50]), encoding="utf-8")
     out = tmp_path / "out"
     command = ["train", "speech", "--quick", "--data", str(table), "--output", str(out), "--threads", "1"]
     assert run(*command) == 1
@@ -208,7 +243,7 @@ def test_strings_of_the_users_own(tmp_path, capsys):
     assert len(metrics["data"]["skipped"]) == 1
     assert metrics["test"]["word_accuracy"] == pytest.approx(1 - metrics["test"]["wer"])
     other = tmp_path / "other.tsv"
-    other.write_text(f"{one}\tone\n{one}\tzzz\n", encoding="utf-8")
+    other.write_text(f"{one}\tzzz\n{others[0]}\n", encoding="utf-8")
     assert run("evaluate", "speech", "--data", str(other), "--output", str(out)) == 1
     assert "the model does not know 'z'" in capsys.readouterr().err
 
@@ -217,10 +252,15 @@ def test_wrong_kinds_of_data_are_told(tmp_path, capsys):
     (tmp_path / "one").mkdir()
     output = ["--output", str(tmp_path / "out"), "--quick"]
     assert run("train", "speech", "--data", str(tmp_path / "none"), *output) == 1
-    assert "expected a folder for each word, found nothing" in capsys.readouterr().err
+    assert "expected a folder for each word (or a table" in capsys.readouterr().err
     assert run("train", "speech", "--task", "strings", "--data", str(tmp_path), *output) == 1
     assert "expected a table of recordings and transcripts" in capsys.readouterr().err
     assert run("train", "speech", "--data", str(tmp_path), "--bad-files", "skip", *output) == 1
+    told = capsys.readouterr().err
+    assert "one: an empty folder" in told
+    assert "no recordings that can be used" in told
+    write_one = spoken(tmp_path / "single", 3, ("one",))
+    assert run("train", "speech", "--data", str(write_one), *output) == 1
     assert "recordings of two words at least" in capsys.readouterr().err
     wrong = ["train", "speech", "--data", str(spoken(tmp_path / "w", 3)), "--speaker", "no-group", *output]
     assert run(*wrong) == 1

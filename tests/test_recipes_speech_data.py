@@ -260,7 +260,7 @@ def bad_wav(path, kind):
 
 
 BAD = {
-    "truncated": "truncated", "empty": "cannot be read", "text": "cannot be read", "silent": "silent",
+    "truncated": "truncated", "empty": "an empty file", "text": "cannot be read", "silent": "silent",
     "short": "0.02 s long", "long": "61 s long", "nan": "no finite numbers",
 }  # fmt: skip
 
@@ -274,8 +274,9 @@ def test_bad_recordings_are_refused_with_the_reason(tmp_path, kind):
 def test_a_folder_for_each_word(tmp_path, capsys):
     for word in ("ja", "nein"):
         for number in range(10):
-            write(tmp_path / word / f"{number}.wav", sine(300 + 10 * number))
+            write(tmp_path / word / f"{number}.wav", sine(300 + 10 * number + 500 * (word == "ja")))
     (tmp_path / "leer").mkdir()
+    (tmp_path / ".hidden").write_text("x")
     bad_wav(tmp_path / "nein" / "broken.wav", "truncated")
     bad = BadFiles("skip")
     found = speech.read_folder(tmp_path, bad)
@@ -290,9 +291,33 @@ def test_a_folder_for_each_word(tmp_path, capsys):
         bad.settle()
 
 
+def test_what_is_no_recording_a_copy_or_mislabelled_is_named(tmp_path):
+    for word, hertz in (("ja", 300), ("nein", 900)):
+        for number in range(3):
+            write(tmp_path / word / f"{number}.wav", sine(hertz + number))
+    samples, rate = soundfile.read(tmp_path / "ja" / "0.wav", dtype="int16")
+    write(tmp_path / "ja" / "again.flac", samples, rate)  # the same recording in another format
+    write(tmp_path / "nein" / "wrong.wav", sine(301))
+    (tmp_path / "ja" / "voice.m4a").write_bytes(b"x")
+    write(tmp_path / "beside.wav", sine(500))
+    bad = BadFiles("skip")
+    found = speech.read_folder(tmp_path, bad)
+    kept = {file.removeprefix(f"{tmp_path}/") for file in found.files}
+    assert kept == {"ja/0.wav", "ja/2.wav", "nein/0.wav", "nein/1.wav", "nein/2.wav"}
+    reasons = {name.removeprefix(f"{tmp_path}/"): reason for name, reason in bad.found}
+    assert "not a recording" in reasons.pop("ja/voice.m4a")
+    assert "lies beside" in reasons.pop("beside.wav")
+    for here, there in (("ja/1.wav", "nein/wrong.wav"), ("nein/wrong.wav", "ja/1.wav")):
+        told = reasons.pop(here)
+        assert "mislabelled" in told
+        assert "'ja', 'nein'" in told
+        assert there in told
+    assert reasons == {"ja/again.flac": f"a copy of {tmp_path}/ja/0.wav"}
+
+
 def test_transcripts_and_speakers(tmp_path):
     for number in range(8):
-        write(tmp_path / "wav" / f"{number}.wav", sine(300))
+        write(tmp_path / "wav" / f"{number}.wav", sine(300 + number))
     lines = [f"wav/{n}.wav\tone two\tspeaker{n % 4}" for n in range(8)]
     lines += ["# a remark", "", "wav/9.wav\tthree", "wav/1.wav", "wav/1.wav\t", "a\tb\tc\td"]
     table = tmp_path / "all.tsv"
@@ -302,7 +327,7 @@ def test_transcripts_and_speakers(tmp_path):
     assert len(found) == 8
     assert found.words[0] == ("one", "two")
     reasons = {name.rsplit("/", 1)[-1]: reason for name, reason in bad.found}
-    assert "cannot be read" in reasons["9.wav"]
+    assert reasons["9.wav"] == "there is no such file"
     assert "1 column(s)" in reasons["all.tsv, line 12"]
     assert reasons["all.tsv, line 13"] == "no transcript"
     assert "4 column(s)" in reasons["all.tsv, line 14"]
@@ -313,10 +338,36 @@ def test_transcripts_and_speakers(tmp_path):
     assert sum(len(part) for part in parts.values()) == 8
 
 
+def test_a_table_may_name_its_columns(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"{number}.wav", sine(300 + number))
+    table = tmp_path / "all.tsv"
+    table.write_text("client\tSpeaker\tTranscript\tpath\nx\tann\tone two\t0.wav\n\tbob\tthree\t1.wav\nx\ty\n")
+    bad = BadFiles("skip")
+    found = speech.read_transcripts(table, bad)
+    assert found.words == [("one", "two"), ("three",)]
+    assert found.voices == ["ann", "bob"]
+    assert [file.removeprefix(f"{tmp_path}/") for file in found.files] == ["0.wav", "1.wav"]
+    ((place, reason),) = bad.found
+    assert place.endswith("line 4")
+    assert "2 column(s)" in reason
+
+
+def test_a_transcript_that_another_line_contradicts_is_mislabelled(tmp_path):
+    for number in range(2):
+        write(tmp_path / f"{number}.wav", sine(300 + number))
+    (tmp_path / "all.tsv").write_text("0.wav\tone\n1.wav\ttwo\n1.wav\tthree four\n")
+    bad = BadFiles("skip")
+    found = speech.read_transcripts(tmp_path / "all.tsv", bad)
+    assert found.words == [("one",)]
+    told = "mislabelled: the same recording has the labels 'three four', 'two'"
+    assert bad.found == [(str(tmp_path / "1.wav"), told)]
+
+
 def test_speakers_in_the_files_names(tmp_path):
-    for who in "abcdefghij":
+    for place, who in enumerate("abcdefghij"):
         for number in range(3):
-            write(tmp_path / "word" / f"{who}_{number}.wav", sine(300))
+            write(tmp_path / "word" / f"{who}_{number}.wav", sine(300 + 5 * place + number))
     found = speech.read_folder(tmp_path, BadFiles("refuse"))
     parts = speech.split_voices(found, 0, r"^([^_]+)_", by_word=True)
     speakers = [{file.rsplit("/", 1)[-1][0] for file in part.files} for part in parts.values()]

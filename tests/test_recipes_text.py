@@ -94,7 +94,9 @@ def test_characters_and_words():
     encoder = tokens.Encoder(["a", "b"], "characters", 3)
     assert encoder.encode("abca") == [tokens.BEGIN, 4, 5, tokens.UNKNOWN, tokens.END]
     assert len(encoder) == 6
-    assert encoder.shown(encoder.encode("abc")) == ["⊢", "a", "b", "□", "⊣"]
+    shown = [("⊢", True), ("a", True), ("b", True), ("c", False), ("⊣", True)]
+    assert encoder.shown("abc") == shown
+    assert len(encoder.encode("abc")) == len(shown)
     assert tokens.pieces("Don't stop, É!", "words") == ["don", "'", "t", "stop", ",", "é", "!"]
     assert tokens.vocabulary(["abb", "bcc"], "characters") == ["b", "c"]
     ids, lengths = tokens.padded([[2, 3], [2, 4, 5, 3]])
@@ -185,7 +187,7 @@ def test_bad_lines_are_named_with_their_reason(tmp_path, capsys):
 
 
 def test_tables_that_cannot_be_trained_on_are_told(tmp_path):
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="expected a file of texts"):
         load(tmp_path / "missing.csv")
     (tmp_path / "empty.csv").write_text("\n")
     with pytest.raises(RecipeError, match="an empty file"):
@@ -226,7 +228,7 @@ def test_own_texts_are_learnt_and_the_baseline_is_told(trained):
     assert metrics["figures"]["baseline"]["accuracy"] == 1.0
     assert metrics["data"]["texts"] == {"cat": 20, "cow": 20, "dog": 20}
     assert sorted(path.name for path in trained.iterdir() if path.suffix == ".png") == [
-        "confusion.png", "training.png",
+        "confusion.png", "examples.png", "training.png",
     ]  # fmt: skip
 
 
@@ -248,6 +250,48 @@ def test_predict_reads_texts_standard_input_and_files(trained, tmp_path, capsys,
     assert "no text" in capsys.readouterr().err
 
 
+def tables_drawn(monkeypatch):
+    """The arguments of every table that is drawn from now on."""
+    from cnnrnn_ext.recipes import drawing
+
+    drawn, original = [], drawing.table
+    monkeypatch.setattr(drawing, "table", lambda *args: (drawn.append(args), original(*args)))
+    return drawn
+
+
+def test_predictions_are_drawn(trained, tmp_path, monkeypatch):
+    drawn, picture = tables_drawn(monkeypatch), tmp_path / "said.png"
+    assert run("predict", "text", "purr meow", "wag $", "--output", trained, "--draw", picture) == 0
+    ((_, title, _, columns, rows),) = drawn
+    assert title == "2 text(s)"
+    assert [heading for heading, _ in columns] == ["text", "the model"]
+    (text, _), (told, _) = rows[0]
+    assert text == "purr meow"
+    assert told.startswith("cat ")
+    assert picture.stat().st_size > 5000
+
+
+def test_examples_tell_what_is_right(trained, monkeypatch):
+    """Of the test split, in the colour of right or wrong; the truth beside a wrong answer alone."""
+    from cnnrnn_ext.recipes import checkpoints
+    from cnnrnn_ext.recipes.drawing import OURS, RIGHT
+
+    drawn = tables_drawn(monkeypatch)
+    recipe, facts, model, _ = checkpoints.restore(trained / "best.ckpt", "text")
+    data = recipe.load(facts)
+    split = data.splits["test"]
+    wrong = {row: (split.labels[row] + 1) % 3 for row in range(0, len(split), 2)}
+    for row, label in wrong.items():
+        split.labels[row] = label
+    recipe.pictures(trained, model, data, {"accuracy": 0.5, "confusion_label": torch.ones(3, 3)})
+    ((*_, rows),) = drawn
+    told = {text: (color, truth) for (text, _), (_, color), (truth, _) in rows}
+    assert len(told) == len(split)
+    for row, text in enumerate(split.texts):
+        truth = facts["classes"]["label"][split.labels[row]] if row in wrong else ""
+        assert told[text] == (OURS if row in wrong else RIGHT, truth)
+
+
 def test_explain_points_at_the_word_that_decided(trained, capsys, monkeypatch):
     from cnnrnn_ext.recipes import drawing_text
 
@@ -257,7 +301,7 @@ def test_explain_points_at_the_word_that_decided(trained, capsys, monkeypatch):
     assert run("explain", "text", "purr of 99", "--output", trained) == 0
     assert "cat" in capsys.readouterr().out
     _, _, shown, heat = drawn[0]
-    assert shown[1] == "purr"
+    assert shown[1:4] == [("purr", True), ("of", False), ("99", False)]
     values = heat[next(iter(heat))]
     assert max(range(len(values)), key=values.__getitem__) == 1
 

@@ -12,7 +12,7 @@ from _recipes import require, run
 from cnnrnn_ext.recipes.base import RecipeError
 from cnnrnn_ext.recipes.data import clips, digits, moving_digits
 from cnnrnn_ext.recipes.draws import Draws
-from cnnrnn_ext.recipes.video import Video
+from cnnrnn_ext.recipes.video import Video, _examples
 
 require(Video)
 import av  # noqa: E402
@@ -335,3 +335,14 @@ def test_predict_refuses_or_skips_what_is_no_clip(own, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out.startswith(str(own / "rising" / "clip0.mp4") + ": ")
     assert len(captured.out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("good", "shown"), [(20, (6, 2)), (1, (1, 7)), (0, (0, 8)), (7, (6, 2)), (24, (8, 0))]
+)
+def test_examples_are_right_ones_and_some_wrong_ones(good, shown):
+    right = torch.zeros(24, dtype=torch.bool)
+    right[torch.linspace(0, 23, good).long() if good else []] = True
+    rows = _examples(right)
+    assert len(set(rows)) == len(rows) == 8
+    assert (int(right[rows].sum()), int((~right[rows]).sum())) == shown

@@ -7,10 +7,11 @@ from torch import nn
 
 from cnnrnn_ext.interop._keras_modules import (
     ChannelsLast,
+    Flatten,
     GlobalPool,
     Masking,
     MaskingEmbedding,
-    OverLast,
+    OverAxis,
     Pad,
     Permute,
     Reshape,
@@ -115,7 +116,7 @@ def _converted(layer):
     if not layer.trainable:
         for module in modules:
             module.requires_grad_(False)
-            if isinstance(module, OverLast):
+            if isinstance(module, OverAxis):
                 module.keep_statistics()
     return [(layer.name, module) for module in modules]
 
@@ -166,14 +167,14 @@ def _relu(layer, options):
 
 def _convolution(dims):
     def convert(layer, options):
-        options.require(data_format="channels_last")
+        first = options.channels_first
         size, stride, dilation = options["kernel_size"], options["strides"], options["dilation_rate"]
         kernel, *bias = options.weights(1 + options["use_bias"])
         before, padding = [], 0
         if options["padding"] == "same" and all(s == 1 for s in stride):
             padding = "same"
         elif options["padding"] != "valid":
-            before = [Pad(size, stride, dilation, causal=options["padding"] == "causal")]
+            before = [Pad(size, stride, dilation, causal=options["padding"] == "causal", first=first)]
         groups = options["groups"]
         conv = (ConvPool1d, ConvPool2d)[dims - 1](
             kernel.shape[-2] * groups, kernel.shape[-1], tuple(size), tuple(stride), padding, tuple(dilation),
@@ -182,25 +183,25 @@ def _convolution(dims):
         set_(conv.weight, kernel.movedim((-1, -2), (0, 1)))
         if bias:
             set_(conv.bias, bias[0])
-        return [*before, ChannelsLast(conv), *_activation(options)]
+        return [*before, ChannelsLast(conv, first), *_activation(options)]
 
     return convert
 
 
 def _pool(kind, dims):
     def convert(layer, options):
-        options.require(data_format="channels_last")
+        first = options.channels_first
         size, stride = tuple(options["pool_size"]), tuple(options["strides"])
         same = options["padding"] == "same"
         if same and kind == "avg":
             raise options.error("padding='same' is not supported, only 'valid'")
         if kind == "avg":
-            return [ChannelsLast((nn.AvgPool1d, nn.AvgPool2d)[dims - 1](size, stride))]
+            return [ChannelsLast((nn.AvgPool1d, nn.AvgPool2d)[dims - 1](size, stride), first)]
         # Windows of 2 need at most one more place, behind: what ceil_mode is.
         short = same and size == stride and all(s <= 2 for s in size)
-        pool = ChannelsLast((nn.MaxPool1d, nn.MaxPool2d)[dims - 1](size, stride, ceil_mode=short))
+        pool = ChannelsLast((nn.MaxPool1d, nn.MaxPool2d)[dims - 1](size, stride, ceil_mode=short), first)
         if same and not short:
-            return [Pad(size, stride, (1,) * dims, value=-torch.inf), pool]
+            return [Pad(size, stride, (1,) * dims, value=-torch.inf, first=first), pool]
         return [pool]
 
     return convert
@@ -208,8 +209,7 @@ def _pool(kind, dims):
 
 def _global_pool(kind):
     def convert(layer, options):
-        options.require(data_format="channels_last")
-        return [GlobalPool(kind, options["keepdims"])]
+        return [GlobalPool(kind, options["keepdims"], options.channels_first)]
 
     return convert
 
@@ -227,8 +227,8 @@ def _dense(layer, options):
 
 
 def _batch_norm(layer, options):
-    if options["axis"] not in (-1, layer.input_spec.ndim - 1):
-        raise options.error(f"axis={options['axis']!r} is not supported, only the last one")
+    if not isinstance(options["axis"], int):
+        raise options.error(f"axis={options['axis']!r} is not supported, only one axis")
     options.require(renorm=False, synchronized=False)
     scale, center = options["scale"], options["center"]
     *affine, mean, variance = options.weights(2 + scale + center)
@@ -240,7 +240,7 @@ def _batch_norm(layer, options):
             set_(parameter, affine.pop(0))
         else:
             parameter.requires_grad_(False)  # 1, or 0, for good
-    return [OverLast(norm)]
+    return [OverAxis(norm, options["axis"])]
 
 
 def _embedding(layer, options):
@@ -253,11 +253,6 @@ def _masking(layer, options):
     if not isinstance(options["mask_value"], (int, float)):
         raise options.error(f"mask_value={options['mask_value']!r} is not supported, only a number")
     return [Masking(options["mask_value"])]
-
-
-def _flatten(layer, options):
-    options.require(data_format="channels_last")
-    return [nn.Flatten()]
 
 
 def _softmax(layer, options):
@@ -285,7 +280,7 @@ CONVERTERS = {
     "GlobalAveragePooling2D": _global_pool("avg"),
     "GlobalMaxPooling1D": _global_pool("max"),
     "GlobalMaxPooling2D": _global_pool("max"),
-    "Flatten": _flatten,
+    "Flatten": lambda layer, options: [Flatten(options.channels_first)],
     "Reshape": lambda layer, options: [Reshape(options["target_shape"])],
     "Permute": lambda layer, options: [Permute(options["dims"])],
     "Dense": _dense,

@@ -10,22 +10,29 @@ from cnnrnn_ext._backend import use_compiled
 
 
 class ChannelsLast(nn.Module):
-    """A module that wants channels first, [N, C, ...], for inputs and outputs [N, ..., C]: views of them."""
+    """A module that wants channels first, [N, C, ...], for inputs and outputs [N, ..., C]: views of them.
 
-    def __init__(self, module):
+    Args:
+        first: whether the channels of input and output are first all the same.
+    """
+
+    def __init__(self, module, first=False):
         super().__init__()
-        self.module = module
+        self.module, self.first = module, first
 
     def forward(self, x):
-        return self.module(x.movedim(-1, 1)).movedim(1, -1)
+        return self.module(x) if self.first else self.module(x.movedim(-1, 1)).movedim(1, -1)
+
+    def extra_repr(self):
+        return "channels_first" if self.first else ""
 
 
-class OverLast(nn.Module):
-    """A BatchNorm of rows [M, C] for inputs [..., C]."""
+class OverAxis(nn.Module):
+    """A BatchNorm of rows [M, C] for inputs with C features along ``axis``."""
 
-    def __init__(self, module):
+    def __init__(self, module, axis=-1):
         super().__init__()
-        self.module, self.frozen = module, False
+        self.module, self.axis, self.frozen = module, axis, False
 
     def keep_statistics(self):
         """From now on in eval mode always, as a Keras layer with trainable=False is."""
@@ -36,11 +43,16 @@ class OverLast(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, x):
-        return self.module(x.flatten(0, -2)).view(x.shape)
+        x = x.movedim(self.axis, -1)
+        return self.module(x.flatten(0, -2)).view(x.shape).movedim(-1, self.axis)
+
+    def extra_repr(self):
+        return f"axis={self.axis}"
 
 
 class Pad(nn.Module):
-    """Pads the places of [N, ..., C] as Keras' padding="same" does for these windows, or "causal".
+    """Pads the places of [N, ..., C], or [N, C, ...], as Keras' padding="same" does for these windows, or
+    "causal".
 
     Keras makes ceil(size / stride) windows; of an odd number of places the larger half comes behind.
 
@@ -48,16 +60,19 @@ class Pad(nn.Module):
         window, stride, dilation: of the layer that follows, an integer for each dimension of place.
         value: what is put there.
         causal: all of it before, for one dimension and stride 1.
+        first: whether the channels stand before the places.
     """
 
-    def __init__(self, window, stride, dilation, value=0.0, causal=False):
+    def __init__(self, window, stride, dilation, value=0.0, causal=False, first=False):
         super().__init__()
+        self.first = first
         self.window, self.stride, self.dilation = tuple(window), tuple(stride), tuple(dilation)
         self.value, self.causal = value, causal
 
     def forward(self, x):
-        pads = [0, 0]  # of the channels; F.pad begins with the last dimension
-        places = zip(x.shape[1:-1], self.window, self.stride, self.dilation, strict=True)
+        pads = [] if self.first else [0, 0]  # of the channels; F.pad begins with the last dimension
+        sizes = x.shape[2:] if self.first else x.shape[1:-1]
+        places = zip(sizes, self.window, self.stride, self.dilation, strict=True)
         for size, window, stride, dilation in reversed(list(places)):
             span = (window - 1) * dilation + 1
             total = span - 1 if self.causal else max((-(-size // stride) - 1) * stride + span - size, 0)
@@ -66,7 +81,8 @@ class Pad(nn.Module):
         return F.pad(x, pads, value=self.value)
 
     def extra_repr(self):
-        return f"window={self.window}, stride={self.stride}, dilation={self.dilation}, value={self.value}"
+        options = ("window", "stride", "dilation", "value", "causal", "first")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in options)
 
 
 class TimeDistributed(nn.Module):
@@ -139,14 +155,21 @@ class Recurrent(nn.Module):
         return_sequences: whether all steps' outputs are wanted.
         merge: for a bidirectional one, how both directions are joined: a key of MERGES.
         zeros: whether the output of a step that is left out is 0.
+        backwards: whether it reads from the last step to the first, and returns its outputs in that order.
+        dropout: in training, probability that a feature of the input is left out, at all steps of a row.
     """
 
-    def __init__(self, rnn, return_sequences, merge=None, zeros=False):
+    def __init__(self, rnn, return_sequences, merge=None, zeros=False, backwards=False, dropout=0.0):
         super().__init__()
         self.rnn, self.return_sequences, self.merge, self.zeros = rnn, return_sequences, merge, zeros
+        self.backwards, self.dropout = backwards, dropout
 
     def forward(self, x, mask=None):
         """x: [N, T, I]; mask: [N, T] bool, which steps count, or None."""
+        if self.backwards:
+            x, mask = x.flip(1), None if mask is None else mask.flip(1)
+        if self.training and self.dropout:
+            x = x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.dropout)
         directions = self._directions(self.rnn(x)[0]) if mask is None else self._masked(x, mask)
         if not self.return_sequences:  # where each direction ends
             directions = [y[:, -1 if d == 0 else 0] for d, y in enumerate(directions)]
@@ -170,7 +193,8 @@ class Recurrent(nn.Module):
         return [part.masked_fill(~mask[..., None], 0.0) for part in placed] if self.zeros else placed
 
     def extra_repr(self):
-        return f"return_sequences={self.return_sequences}, merge={self.merge}, zeros={self.zeros}"
+        options = ("return_sequences", "merge", "zeros", "backwards", "dropout")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in options)
 
 
 def _over(index, x):
@@ -189,15 +213,19 @@ class ResetBeforeGRU(nn.Module):
 
     cuDNN, torch and our kernels have the gate behind the product, where the weights of n are multiplied with
     those of r and z at once: this one is plain PyTorch, and ``cnnrnn_ext.trace`` says so. One layer, batch
-    first. Parameters are named as in :class:`GRU`, rows in the order r, z, n; there is no bias_hh.
+    first; recurrent_dropout as in :class:`GRU`. Parameters are named as in :class:`GRU`, rows in the order
+    r, z, n; there is no bias_hh.
 
     Shape: x [N, T, I], lengths None or [N] as in :class:`GRU`; returns output [N, T, D*H], 0 behind a row's
     end, and None.
     """
 
-    def __init__(self, input_size, hidden_size, bias=True, bidirectional=False, dtype=None):
+    def __init__(
+        self, input_size, hidden_size, bias=True, bidirectional=False, recurrent_dropout=0.0, dtype=None
+    ):
         super().__init__()
         self.input_size, self.hidden_size, self.bidirectional = input_size, hidden_size, bidirectional
+        self.recurrent_dropout = recurrent_dropout
         bound = 1 / math.sqrt(hidden_size)
         shapes = {
             "weight_ih_l0": (3 * hidden_size, input_size),
@@ -229,11 +257,13 @@ class ResetBeforeGRU(nn.Module):
     def _scan(self, x, weight_ih, weight_hh, bias_ih):
         size = self.hidden_size
         h, outputs = x.new_zeros(len(x), size), []
+        kept = F.dropout(torch.ones_like(h), self.recurrent_dropout, self.training)
         gates_hh, new_hh = weight_hh.split((2 * size, size))
         for from_x in F.linear(x, weight_ih, bias_ih).unbind(1):
             gates, new = from_x.split((2 * size, size), -1)
-            r, z = torch.sigmoid(gates + F.linear(h, gates_hh)).chunk(2, -1)
-            h = torch.lerp(torch.tanh(new + F.linear(r * h, new_hh)), h, z)
+            read = h * kept
+            r, z = torch.sigmoid(gates + F.linear(read, gates_hh)).chunk(2, -1)
+            h = torch.lerp(torch.tanh(new + F.linear(r * read, new_hh)), h, z)
             outputs.append(h)
         return torch.stack(outputs, 1)
 
@@ -263,18 +293,32 @@ class Permute(nn.Module):
         return x.permute(0, *self.dims)
 
 
-class GlobalPool(nn.Module):
-    """The mean ("avg") or the largest ("max") over the places of [N, ..., C]; the mean takes a mask [N, T] of
-    those that count."""
+class Flatten(nn.Module):
+    """[N, ...] -> [N, M], channels last: with ``first`` they come from [N, C, ...]."""
 
-    def __init__(self, kind, keepdims):
+    def __init__(self, first=False):
         super().__init__()
-        self.kind, self.keepdims = kind, keepdims
+        self.first = first
+
+    def forward(self, x):
+        return (x.movedim(1, -1) if self.first and x.dim() > 2 else x).flatten(1)
+
+    def extra_repr(self):
+        return "channels_first" if self.first else ""
+
+
+class GlobalPool(nn.Module):
+    """The mean ("avg") or the largest ("max") over the places of [N, ..., C], or with ``first`` of
+    [N, C, ...]; the mean takes a mask [N, T] of those that count, for channels last."""
+
+    def __init__(self, kind, keepdims, first=False):
+        super().__init__()
+        self.kind, self.keepdims, self.first = kind, keepdims, first
 
     def forward(self, x, mask=None):
         if mask is not None:
             total = x.masked_fill(~mask[..., None], 0.0).sum(1, keepdim=self.keepdims)
             return total / mask.sum(1).view(-1, *(1,) * (total.dim() - 1))
-        dims = tuple(range(1, x.dim() - 1))
+        dims = tuple(range(2, x.dim()) if self.first else range(1, x.dim() - 1))
         reduce = torch.mean if self.kind == "avg" else torch.amax
         return reduce(x, dims, keepdim=self.keepdims)

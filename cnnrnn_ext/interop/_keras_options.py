@@ -21,6 +21,11 @@ class Options:
             if name in self.config and self.config[name] != value:
                 raise self.error(f"{name}={self.config[name]!r} is not supported, only {value!r}")
 
+    @property
+    def channels_first(self):
+        """Whether data_format says so."""
+        return self.config["data_format"] == "channels_first"
+
     def weights(self, count):
         arrays = self.layer.get_weights()
         if len(arrays) != count:

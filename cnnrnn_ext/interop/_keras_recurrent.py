@@ -1,7 +1,5 @@
 """Keras' recurrent layers as modules of ours: gates in torch's order, both directions in one."""
 
-import warnings
-
 import torch
 
 from cnnrnn_ext.interop._keras_modules import MERGES, Recurrent, ResetBeforeGRU
@@ -29,7 +27,8 @@ RECURRENT = {
 
 def recurrent(layer, options):
     rnn = _recurrent_of([(layer, options)])
-    return [Recurrent(rnn, options["return_sequences"], zeros=layer.zero_output_for_mask)]
+    more = {"zeros": layer.zero_output_for_mask, "backwards": options["go_backwards"]}
+    return [Recurrent(rnn, options["return_sequences"], dropout=options["dropout"], **more)]
 
 
 def bidirectional(layer, options):
@@ -45,20 +44,25 @@ def bidirectional(layer, options):
         raise backward.error("go_backwards=False is not supported in the backward layer")
     if type(pair[0]) is not type(pair[1]):
         raise options.error("the backward layer is of another class than the forward layer")
-    for name in ("units", "use_bias", "return_sequences", "activation", "reset_after"):
+    for name in ("units", "use_bias", "return_sequences", "activation", "reset_after", "dropout",
+                 "recurrent_dropout"):  # fmt: skip
         if forward.config.get(name) != backward.config.get(name):
             raise options.error(f"the backward layer differs from the forward layer in {name}")
+    if forward["go_backwards"]:
+        raise forward.error("go_backwards=True is not supported in the forward layer")
     rnn = _recurrent_of([(pair[0], forward), (pair[1], backward)])
-    return [Recurrent(rnn, forward["return_sequences"], merge, pair[0].zero_output_for_mask)]
+    more = {"zeros": pair[0].zero_output_for_mask, "dropout": forward["dropout"]}
+    return [Recurrent(rnn, forward["return_sequences"], merge, **more)]
 
 
 def _recurrent_of(directions):
     """Our layer of one or two directions, from (Keras layer, options) of each."""
     layer, options = directions[0]
     ours, order, required = RECURRENT[type(layer).__name__]
-    more = {"batch_first": True}
+    more = {"batch_first": True, "recurrent_dropout": options["recurrent_dropout"]}
     if ours is GRU and not options["reset_after"]:
-        ours, more = ResetBeforeGRU, {}
+        ours = ResetBeforeGRU
+        del more["batch_first"]  # it always is
     if ours is RNN:
         if options["activation"] not in ("tanh", "relu"):
             raise options.error(f"activation={options['activation']!r} is not supported, only tanh, relu")
@@ -66,9 +70,6 @@ def _recurrent_of(directions):
     rnn, suffixes = None, ("", "_reverse")
     for index, (_, each) in enumerate(directions):
         each.require(**required, return_state=False, stateful=False)
-        if index == 0:
-            each.require(go_backwards=False)
-        _warn_of_dropout(each)
         kernel, recurrent, *bias = each.weights(2 + each["use_bias"])
         if rnn is None:
             rnn = ours(
@@ -85,12 +86,3 @@ def _recurrent_of(directions):
                 if hasattr(rnn, f"{name}_l0"):
                     set_(getattr(rnn, f"{name}_l0{suffixes[index]}"), rows(row[None]).squeeze(1))
     return rnn
-
-
-def _warn_of_dropout(options):
-    for name in ("dropout", "recurrent_dropout"):
-        if options[name]:
-            layer = f"layer {options.layer.name!r} ({type(options.layer).__name__})"
-            warnings.warn(
-                f"{layer}: {name}={options[name]} is left out; it matters in training only", stacklevel=2
-            )

@@ -12,12 +12,12 @@ from cnnrnn_ext.modules import ConvPool1d, ConvPool2d
 def from_keras(model):
     """A Keras 3 model as an ``nn.Sequential`` of cnnrnn_ext's and torch's modules, with equal outputs.
 
-    The module takes what the Keras model takes: [N, ...] with channels last, or token ids. Its parts have the
-    names of the Keras layers. A convolution, the ReLU after it and the max-pool after that become one
-    ConvPool, neighbouring TimeDistributed layers one. LSTM gates are in the same order in Keras (i, f, c, o)
-    and torch; a GRU's z, r, h become r, z, n. A GRU with reset_after=False, which is another function than
-    torch's, runs on plain PyTorch (``cnnrnn_ext.trace`` says so). Keras itself is not imported: the model
-    hands out its weights.
+    The module takes what the Keras model takes: [N, ...] with channels last, or first where its layers have
+    data_format="channels_first", or token ids. Its parts have the names of the Keras layers. A convolution,
+    the ReLU after it and the max-pool after that become one ConvPool, neighbouring TimeDistributed layers
+    one. LSTM gates are in the same order in Keras (i, f, c, o) and torch; a GRU's z, r, h become r, z, n. A
+    GRU with reset_after=False, which is another function than torch's, runs on plain PyTorch
+    (``cnnrnn_ext.trace`` says so). Keras itself is not imported: the model hands out its weights.
 
     Supported layers: InputLayer, Conv1D, Conv2D, MaxPooling1D, MaxPooling2D, AveragePooling1D,
     AveragePooling2D, GlobalAveragePooling1D, GlobalAveragePooling2D, GlobalMaxPooling1D, GlobalMaxPooling2D,
@@ -32,8 +32,10 @@ def from_keras(model):
 
     Returns:
         nn.Sequential in eval mode. Layers with ``trainable=False`` have no gradient. After ``train()`` it can
-        be trained on: Dropout layers drop, BatchNormalization normalises by the batch. Only the dropout
-        inside recurrent layers has no equivalent: a warning says so, and it changes no prediction.
+        be trained on: Dropout layers drop, BatchNormalization normalises by the batch, and recurrent layers
+        have their dropout and recurrent_dropout: one mask for all steps of a row. (With recurrent_dropout
+        Keras draws a mask for each gate of an LSTM or GRU; here one serves all gates, as for
+        :class:`cnnrnn_ext.LSTM`, which runs on plain PyTorch then.)
 
     Raises:
         TypeError: model is no Keras model.
@@ -80,7 +82,7 @@ def _absorbed(before, module):
         _set(conv, activation=OF_MODULES[type(module)])
         return True
     pool = getattr(module, "module", None)
-    if isinstance(pool, (nn.MaxPool1d, nn.MaxPool2d)):
+    if isinstance(pool, (nn.MaxPool1d, nn.MaxPool2d)) and module.first == before.first:
         _set(conv, pool="max", pool_size=pool.kernel_size, pool_stride=pool.stride, ceil_mode=pool.ceil_mode)
         return True
     return False

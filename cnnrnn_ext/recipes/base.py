@@ -183,9 +183,9 @@ class Recipe(abc.ABC):
         return []
 
     @abc.abstractmethod
-    def explain(self, path, model, batch, name, facts):
-        """Draws into ``path`` (PNG) which parts of the one sample in ``batch`` decided; returns a line that
-        says what the picture shows."""
+    def explain(self, path, model, split, row, name, facts):
+        """Draws into ``path`` (PNG) which parts of the sample ``row`` of ``split`` decided; returns a line
+        that says what the picture shows."""
 
 
 def batches(recipe, split, size):

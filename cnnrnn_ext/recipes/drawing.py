@@ -5,6 +5,7 @@ import textwrap
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 OURS, STOCK, STOCK_TOO = "#d1495b", "#2e4057", "#8d99ae"
 INK, QUIET, RIGHT = "#22262e", "#6b7280", "#2a7f62"
@@ -26,8 +27,10 @@ MANY = 20  # classes: above, the confusion matrix's cells carry no numbers
 
 
 def page(width, height, title, subtitle):
-    """A figure with its two headings."""
+    """A figure with its two headings; a title that is too long for the page ends in an ellipsis."""
     figure = Figure(figsize=(width, height), facecolor="white")
+    longest = int((width - 2 * MARGIN) * 8)
+    title = title if len(title) <= longest else title[: longest - 1] + "…"
     figure.text(MARGIN / width, 1 - 0.3 / height, title, size=15, weight="bold", va="top")
     figure.text(MARGIN / width, 1 - 0.66 / height, subtitle, size=10, color=QUIET, va="top", linespacing=1.4)
     return figure
@@ -36,7 +39,7 @@ def page(width, height, title, subtitle):
 def caption(figure, text):
     """Small print at the page's foot."""
     width, height = figure.get_size_inches()
-    lines = textwrap.fill(text, int((width - 2 * MARGIN) * 15.5))
+    lines = textwrap.fill(text, int((width - 2 * MARGIN) * 17))
     figure.text(
         MARGIN / width, MARGIN * 0.7 / height, lines, size=8.5, color=QUIET, va="bottom", linespacing=1.5
     )
@@ -78,6 +81,7 @@ def curve(path, history, score, title, chance=None):
             axes.plot(steps[width - 1 :], smooth, color=OURS, linewidth=1.8, label=f"mean of {width}")
         axes.set_title("Training loss", size=10, loc="left")
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper right")
 
@@ -90,6 +94,27 @@ def curve(path, history, score, title, chance=None):
             axes.text(1, chance, " guessing", size=8, color=QUIET, va="bottom")
         axes.set_title(f"Validation: {score.replace('_', ' ')}", size=10, loc="left")
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        save(figure, path)
+
+
+def table(path, title, subtitle, columns, rows):
+    """A table of texts. columns: [(heading, width)]; rows: [[(text, color) for each column]]."""
+    line, width = 0.27, 2 * MARGIN + sum(wide for _, wide in columns)
+    height = 1.6 + line * len(rows)
+    headings = [(heading, QUIET) for heading, _ in columns]
+    with styled():
+        figure = page(width, height, title, subtitle)
+        for number, cells in enumerate([headings, *rows]):
+            left = MARGIN
+            for (text, color), (_, wide) in zip(cells, columns, strict=True):
+                most = int(wide * 13)
+                text = text if len(text) <= most else text[: most - 1] + "…"
+                figure.text(
+                    left / width, 1 - (1.3 + line * number) / height, text, size=9, color=color,
+                    va="center", parse_math=False,
+                )  # fmt: skip
+                left += wide
         save(figure, path)
 
 

@@ -1,25 +1,42 @@
-"""The text recipe's picture: the tokens, shaded by what they did for an answer."""
+"""Pictures of texts: a table of examples, and the tokens shaded by what they did for an answer."""
 
 from matplotlib.colors import TwoSlopeNorm
 
 from cnnrnn_ext.recipes import drawing
-from cnnrnn_ext.recipes.drawing import MARGIN, QUIET
+from cnnrnn_ext.recipes.drawing import INK, MARGIN, OURS, RIGHT
 
 CELL, LINE, SIDE = 0.3, 0.62, 2.0  # inches: a character, between lines, the words at the left
 ACROSS = 34  # characters of a line
 
 
+def examples(path, title, subtitle, rows):
+    """A table. rows: [(text, what the model said, what is right: None if unknown, "" if just that)]."""
+    known = any(truth is not None for *_, truth in rows)
+    columns = [("text", 6.0), ("the model", 3.4)] + [("right is", 1.9)] * known
+    table = []
+    for text, said, truth in rows:
+        color = INK if truth is None else OURS if truth else RIGHT
+        table.append([(text, INK), (said, color), *[(truth, INK)] * known])
+    drawing.table(path, title, subtitle, columns, table)
+
+
 def explanation(path, title, tokens, heat):
-    """heat: {answer: a number for each token, above 0: it spoke for it, below: against it}."""
+    """The tokens once for each answer.
+
+    tokens: [(text, whether the model knows it)]; heat: {answer: a number for each token, above 0: it spoke
+    for it, below: against it}.
+    """
+    tokens, known = zip(*tokens, strict=True)
     lines = _lines(tokens)
     longest = max(sum(_width(tokens[number]) for number in line) for line in lines)
+    note = "" if all(known) else "\nStruck out: unknown to the model."
     width = 2 * MARGIN + SIDE + max(longest, 6.0)
     top = 1.35
     height = top + MARGIN + len(heat) * (len(lines) * LINE + 0.25)
     with drawing.styled():
         figure = drawing.page(
             width, height, title,
-            "Integrated gradients: red spoke for the answer, blue against it. ⊢ and ⊣: begin and end.",
+            f"Integrated gradients: red spoke for the answer, blue against it. ⊢ and ⊣: begin and end.{note}",
         )  # fmt: skip
         y = height - top
         for answer, values in heat.items():
@@ -28,7 +45,7 @@ def explanation(path, title, tokens, heat):
             for line in lines:
                 x = MARGIN + SIDE
                 for number in line:
-                    x = _token(figure, x, y, tokens[number], values[number], norm)
+                    x = _token(figure, x, y, tokens[number], known[number], values[number], norm)
                 y -= LINE
             y -= 0.25
         drawing.save(figure, path)
@@ -50,7 +67,7 @@ def _lines(tokens):
     return lines
 
 
-def _token(figure, x, y, token, value, norm):
+def _token(figure, x, y, token, known, value, norm):
     """Draws a token at (x, y), its upper left corner; returns where the next one begins."""
     import matplotlib
 
@@ -62,6 +79,8 @@ def _token(figure, x, y, token, value, norm):
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     dark = abs(norm(value) - 0.5) > 0.35
-    color = "white" if dark else QUIET if token in ("⊢", "⊣") else "black"
-    axes.text(0.5, 0.5, token, ha="center", va="center", size=13, color=color)
+    color = "white" if dark else INK
+    axes.text(0.5, 0.5, token, ha="center", va="center", size=13, color=color, parse_math=False)
+    if not known:
+        axes.axhline(0.5, 0.1, 0.9, color=color, linewidth=0.8)
     return x + side

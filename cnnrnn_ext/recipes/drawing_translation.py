@@ -2,29 +2,22 @@
 
 import numpy as np
 
+from cnnrnn_ext.recipes import drawing
 from cnnrnn_ext.recipes.drawing import INK, MARGIN, OURS, QUIET, RIGHT, area, caption, page, save, styled
-
-LINE = 0.27  # height of a row of the table
 
 
 def examples(path, title, subtitle, rows):
     """A table. rows: [(language, source, what the model said, what is right or None)]."""
-    width, height = 12.0, 1.75 + LINE * len(rows)
-    places = (0.0, 0.7, 4.3, 8.1)  # of the columns, in inches
-    with styled():
-        figure = page(width, height, title, subtitle)
-        axes = area(figure, MARGIN, MARGIN, MARGIN, 1.2)
-        axes.axis("off")
-        axes.set(xlim=(0, width - 2 * MARGIN), ylim=(len(rows) + 0.5, -0.5))
-        for place, text in zip(places, ("to", "source", "the model", "right is"), strict=True):
-            axes.text(place, 0, text, size=9, color=QUIET, va="center")
-        for number, (language, source, said, truth) in enumerate(rows, 1):
-            color = INK if truth is None else RIGHT if said == truth else OURS
-            shown = "" if truth in (None, said) else truth
-            texts, tints = (language, source, said, shown), (QUIET, INK, color, INK)
-            for place, text, tint in zip(places, texts, tints, strict=True):
-                axes.text(place, number, text, size=9, color=tint, va="center", parse_math=False)
-        save(figure, path)
+    known = any(truth is not None for *_, truth in rows)
+    named = any(language for language, *_ in rows)
+    columns = [("to", 0.7)] * named + [("source", 3.6), ("the model", 3.8)] + [("right is", 3.8)] * known
+    table = []
+    for language, source, said, truth in rows:
+        color = INK if truth is None else RIGHT if said == truth else OURS
+        right = "" if truth in (None, said) else truth
+        cells = [(language, QUIET)] * named + [(source, INK), (said, color)] + [(right, INK)] * known
+        table.append(cells)
+    drawing.table(path, title, subtitle, columns, table)
 
 
 def attention(path, title, sources, targets, weights, note):

@@ -60,6 +60,12 @@ def order(count, seed, epoch):
     return np.argsort(keys._bits(1)[:, 0], kind="stable").tolist()
 
 
+def picked(size, seed, count):
+    """At most ``count`` row numbers below ``size`` for pictures and small splits: those that come first in an
+    order that no epoch reaches."""
+    return order(size, seed, 1 << 20)[:count]
+
+
 def seed_torch(seed, *numbers):
     """Seeds torch's own generator (weights, dropout) for one use, given by ``numbers``."""
     state = np.random.SeedSequence((seed, *numbers)).generate_state(1, np.uint64)[0]

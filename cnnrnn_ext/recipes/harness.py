@@ -117,7 +117,9 @@ class Learner(lightning.LightningModule):
 
     def configure_optimizers(self):
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        return torch.optim.Adam(trained, lr=self.recipe.settings.rate, fused=True)
+        # In mixed precision Lightning clips what it has unscaled itself, which the fused one does not allow.
+        fused = "mixed" not in self.recipe.settings.precision
+        return torch.optim.Adam(trained, lr=self.recipe.settings.rate, fused=fused)
 
     def on_train_start(self):
         # On SIGTERM Lightning would talk to the other processes, which may be gone: it would wait for ever.
@@ -283,15 +285,18 @@ def fit(recipe, data, model, folder, *, resume=None, devices=1, progress=True):
     if not len(data.splits["validation"]):
         raise RecipeError("the validation split is empty: more samples are needed")
     learner = Learner(recipe, data, model, size)
+    done = resume["run"]["history"] if resume else {"validation": (), "best": 0, "seconds": 0.0}
+    # A run that had stopped early is at its end: what would follow is not what it was without the stop.
+    ended = len(done["validation"]) - done["best"] >= settings.patience
     callbacks = [
         # As good is better here, too: in a small validation split many epochs score the same.
         EarlyStopping(recipe.score, mode="max", patience=settings.patience, min_delta=-1e-6),
-        Keeper(folder, resume["run"]["history"]["seconds"] if resume else 0.0),
+        Keeper(folder, done["seconds"]),
         *([Bar(settings.epochs)] if progress else []),
     ]
     with _quiet(), _handlers_restored():
         trainer = lightning.Trainer(
-            max_epochs=settings.epochs,
+            max_epochs=len(done["validation"]) if ended else settings.epochs,
             devices=local,
             num_nodes=nodes,
             strategy=_strategy(world, model),

@@ -11,7 +11,7 @@ from cnnrnn_ext.recipes.base import Batch, Data, RecipeError, evaluate
 from cnnrnn_ext.recipes.classification import Classification
 from cnnrnn_ext.recipes.data import clips, moving_digits, multimodal, spectrogram, speech
 from cnnrnn_ext.recipes.data.files import BadFiles
-from cnnrnn_ext.recipes.draws import order
+from cnnrnn_ext.recipes.draws import picked
 
 CONDITIONS = {
     "both": {"video": True, "audio": True},
@@ -20,7 +20,6 @@ CONDITIONS = {
 }
 ABSENT = -100  # target of a row without the input that is asked about
 EXAMPLES = 6
-EXAMPLE_ORDER = 1 << 20  # the "epoch" whose order chooses the examples
 
 
 class Multimodal(Classification):
@@ -153,7 +152,7 @@ class Multimodal(Classification):
 
         paths = [*super().pictures(folder, model, data, results), folder / "examples.png"]
         split, facts = data.splits["test"], data.facts
-        rows = order(len(split), self.settings.seed, EXAMPLE_ORDER)[:EXAMPLES]
+        rows = picked(len(split), self.settings.seed, EXAMPLES)
         said = {}
         for name, present in CONDITIONS.items():
             if self.settings.only in (None, *(m for m in present if present[m])):
@@ -172,12 +171,13 @@ class Multimodal(Classification):
         drawing_multimodal.examples(paths[-1], title, f"Speech: {facts['source']}.", samples)
         return paths
 
-    def explain(self, path, model, batch, name, facts):
+    def explain(self, path, model, split, row, name, facts):
         """Integrated gradients of the answer over the pixels and over the spectrogram, and the fusion's
         weights."""
         from cnnrnn_ext.explain import integrated_gradients
         from cnnrnn_ext.recipes import drawing_multimodal
 
+        batch = self.batch(split, [row])
         inputs, present = batch.inputs
         with torch.no_grad():
             (said,) = self.predict(model, batch, facts)

@@ -115,6 +115,7 @@ def _finish(recipe, data, model, folder, history, size, compare, processes):
         *(comparison.rows(compared) if compared else ()),
     ]
     _print_table(lines)
+    _print_grids(figures)
     print(f"\nMetrics, checkpoints, {', '.join(path.name for path in pictures)}: {folder}")
 
 
@@ -192,7 +193,7 @@ def explain(recipe, facts, model, arguments, picture):
         names = {row: f"test sample {row}"}
     picture.parent.mkdir(parents=True, exist_ok=True)
     with backend(recipe.settings.backend):
-        return recipe.explain(picture, model, recipe.batch(split, [row]), names[row], facts)
+        return recipe.explain(picture, model, split, row, names[row], facts)
 
 
 # ---- the table ----
@@ -203,12 +204,21 @@ def _rows(results):
 
 
 def _flat(values, prefix=""):
-    """(name, number) of the numbers in nested dicts; tables and texts are for metrics.json alone."""
+    """(name, number) of the numbers in nested dicts but for grids (:func:`_is_grid`); tables and texts are
+    for metrics.json alone."""
     for name, value in values.items():
+        name = prefix + name.replace("_", " ")
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}, ")
+            if not _is_grid(value):
+                yield from _flat(value, f"{name}, ")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield prefix + name.replace("_", " "), value
+            yield name, value
+
+
+def _is_grid(value):
+    """Whether this is {row: {column: number}}, with the same columns in each row."""
+    rows = list(value.values()) if isinstance(value, dict) else []
+    return bool(rows) and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
 
 
 def _written(value):
@@ -217,9 +227,27 @@ def _written(value):
     return f"{value:.2%}" if 0 <= value <= 1 else f"{value:.3g}"
 
 
+def _print_grids(figures):
+    """A table for each grid among the figures."""
+    for name, grid in figures.items():
+        if _is_grid(grid):
+            columns = [column.replace("_", " ") for column in next(iter(grid.values()))]
+            cells = [(row, *map(_written, values.values())) for row, values in grid.items()]
+            _print_columns([(name.replace("_", " "), *columns), *cells], numbers=len(columns))
+
+
 def _print_table(rows):
-    rows = list(rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    """rows: [(name, value, remark)]."""
+    _print_columns(list(rows), numbers=1)
+
+
+def _print_columns(rows, numbers):
+    """rows: texts; those of ``numbers`` columns behind the first are right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
-    for name, value, remark in rows:
-        print(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {remark}".rstrip())
+    for row in rows:
+        cells = [
+            f"{text:>{width}}" if 1 <= place <= numbers else f"{text:<{width}}"
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

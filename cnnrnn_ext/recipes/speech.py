@@ -14,7 +14,7 @@ from cnnrnn_ext.recipes.base import Batch, Data, Recipe, RecipeError, evaluate
 from cnnrnn_ext.recipes.classification import Classification
 from cnnrnn_ext.recipes.data import spectrogram, speech
 from cnnrnn_ext.recipes.data.files import BadFiles
-from cnnrnn_ext.recipes.draws import Draws, order
+from cnnrnn_ext.recipes.draws import Draws, picked
 
 TRAINING_NOISE = (5.0, 60.0)  # dB, signal over noise: from a loud street to nothing audible
 EVALUATION = 1 << 20  # the "epoch" of the noise that evaluation adds: one that no training reaches
@@ -84,6 +84,9 @@ class Speech(Recipe):
             facts = facts or self.facts_of(said, source)
         else:
             found = self.own(bad)
+            if not len(found):
+                bad.settle()
+                raise RecipeError(f"{self.settings.data}: no recordings that can be used")
             facts = facts or self.facts_of(found.words, "recordings")
             found = self.usable(found, facts, bad)
             report = {"source": self.settings.data, "recordings": len(found), "skipped": bad.settle()}
@@ -98,13 +101,11 @@ class Speech(Recipe):
         """The Recordings at settings.data; ``bad`` collects what cannot be used."""
         path = Path(self.settings.data)
         if isinstance(self, Words):
-            wanted, there, read = path.is_dir(), "a folder for each word", speech.read_folder
+            wanted, read = path.is_dir(), speech.read_folder
+            there = f"a folder for each word (or a table of transcripts, {' or '.join(TABLES)})"
         else:
-            wanted, there, read = (
-                path.is_file(),
-                "a table of recordings and transcripts",
-                speech.read_transcripts,
-            )
+            wanted, read = path.is_file(), speech.read_transcripts
+            there = "a table of recordings and transcripts"
         if not wanted:
             raise RecipeError(f"{path}: expected {there}" + ("" if path.exists() else ", found nothing"))
         try:
@@ -195,19 +196,20 @@ class Speech(Recipe):
     def examples(self, folder, model, data):
         """examples.png: some of the test split, of different words and voices; returns the path."""
         split = data.splits["test"]
-        rows = order(len(split), self.settings.seed, EVALUATION)[:EXAMPLES]
+        rows = picked(len(split), self.settings.seed, EXAMPLES)
         with torch.no_grad():
             said = self.predict(model, self.batch(split, rows), data.facts)
         path, names = folder / "examples.png", [f"voice {split.voices[row]}" for row in rows]
         self.draw_examples(path, split, rows, said, names, data.facts)
         return path
 
-    def explain(self, path, model, batch, name, facts):
+    def explain(self, path, model, split, row, name, facts):
         """Integrated gradients of the answer: of the class's logit, or of the logits of a string's units
-        where each begins."""
+        where each begins (of an empty one, of the unit that came nearest)."""
         from cnnrnn_ext.explain import integrated_gradients
         from cnnrnn_ext.recipes import drawing_speech
 
+        batch = self.batch(split, [row])
         features, lengths = batch.inputs
         with torch.no_grad():
             (said,) = self.predict(model, batch, facts)
@@ -346,22 +348,30 @@ class Strings(Speech):
     # ---- what the user sees ----
 
     def predict(self, model, batch, facts):
-        """[{"text", "units": [{"unit", "seconds", "probability"}]}]: where each begins, and the highest
-        probability that the model gave it there."""
+        """[{"text", "units": [{"unit", "step", "seconds", "probability"}]}]: where each begins, and the
+        highest probability that the model gave it there. Where nothing was heard there is "nearest" too, a
+        list of the one unit that came nearest to it."""
+        outputs = self.forward(model, batch)
         step = spectrogram.HOP / spectrogram.SAMPLE_RATE * model.time_reduction
         predictions = []
-        for found in ctc.greedy(*self.forward(model, batch)):
-            units = [
-                {
-                    "unit": self.symbols[label - 1],
-                    "step": place,
-                    "seconds": round(place * step, 3),
-                    "probability": likely,
-                }
-                for label, place, likely in zip(*found, strict=True)
-            ]
-            predictions.append({"text": self.text(found.labels), "units": units})
+        for found, nearest in zip(ctc.greedy(*outputs), ctc.likeliest(*outputs), strict=True):
+            said = {"text": self.text(found.labels), "units": self.units_of(found, step)}
+            if not said["units"]:
+                said["nearest"] = self.units_of(nearest, step)
+            predictions.append(said)
         return predictions
+
+    def units_of(self, decoded, seconds):
+        """What :meth:`predict` tells of each label; seconds: of a step."""
+        return [
+            {
+                "unit": self.symbols[label - 1],
+                "step": step,
+                "seconds": round(step * seconds, 3),
+                "probability": likely,
+            }
+            for label, step, likely in zip(*decoded, strict=True)
+        ]
 
     def describe(self, prediction):
         """The text; a unit that the model was not sure of with its probability."""
@@ -375,12 +385,13 @@ class Strings(Speech):
         return prediction["text"]
 
     def places(self, prediction, facts):
-        """(step, class) of each unit."""
-        if not prediction["units"]:
-            raise RecipeError("nothing was heard, so there is nothing to explain")
-        return [(unit["step"], facts["symbols"].index(unit["unit"]) + 1) for unit in prediction["units"]]
+        """(step, class) of each unit, or of the one that came nearest."""
+        units = prediction["units"] or prediction["nearest"]
+        return [(unit["step"], facts["symbols"].index(unit["unit"]) + 1) for unit in units]
 
     def marks(self, prediction):
+        if not prediction["units"]:
+            return [(u["seconds"], f"{u['unit']}? {u['probability']:.0%}") for u in prediction["nearest"]]
         return [(unit["seconds"], unit["unit"]) for unit in prediction["units"]]
 
     def pictures(self, folder, model, data, results):

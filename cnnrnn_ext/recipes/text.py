@@ -10,8 +10,10 @@ from cnnrnn_ext.recipes.base import Batch, Data, RecipeError
 from cnnrnn_ext.recipes.classification import Classification
 from cnnrnn_ext.recipes.data import labelled, names, tokens
 from cnnrnn_ext.recipes.data.files import BadFiles
+from cnnrnn_ext.recipes.draws import picked
 from cnnrnn_ext.recipes.options import positive
 
+EXAMPLES = 24  # in a picture
 CONFUSED = 0.1  # probability that a training token is replaced by "unknown"
 
 
@@ -146,15 +148,43 @@ class Text(Classification):
             baseline.fit(train.texts, train.labels.numpy())
             return {"baseline": {"accuracy": baseline.score(test.texts, test.labels.numpy())}}
 
-    def explain(self, path, model, batch, name, facts):
+    def draw(self, path, split, names, predictions, facts):
+        from cnnrnn_ext.recipes import drawing_text
+
+        title, pairs = f"{len(names)} text(s)", zip(split.texts, predictions, strict=True)
+        rows = [(text, self.describe(said), None) for text, said in pairs]
+        subtitle = f"The first {EXAMPLES}." if len(rows) > EXAMPLES else "What the model says of each."
+        drawing_text.examples(path, title, subtitle, rows[:EXAMPLES])
+
+    def pictures(self, folder, model, data, results):
+        """The confusion matrix; examples.png, a table of test rows drawn at random."""
+        from cnnrnn_ext.recipes import drawing_text
+
+        split, facts = data.splits["test"], data.facts
+        chosen = picked(len(split), self.settings.seed, EXAMPLES)
+        with torch.no_grad():
+            predictions = self.predict(model, self.batch(split, chosen), facts)
+        rows = []
+        for row, said in zip(chosen, predictions, strict=True):
+            truth = facts["classes"]["label"][split.labels[row]]
+            wrong = "" if said["label"]["class"] == truth else truth
+            rows.append((split.texts[row], self.describe(said), wrong))
+        title = f"{results['accuracy']:.1%} right"
+        subtitle = f"{len(rows)} of the {len(split)} texts of the test split, drawn at random."
+        path = folder / "examples.png"
+        drawing_text.examples(path, title, subtitle, rows)
+        return [*super().pictures(folder, model, data, results), path]
+
+    def explain(self, path, model, split, row, name, facts):
         """Integrated gradients of the likeliest label and of its rival, of each token."""
         from cnnrnn_ext import explain
         from cnnrnn_ext.recipes import drawing_text
 
+        batch = self.batch(split, [row])
         ids, lengths = batch.inputs
         said = self.predict(model, batch, facts)[0]
         labels = facts["classes"]["label"]
-        shown = self._encoder(facts).shown(ids[0, : lengths[0]].tolist())
+        shown = self._encoder(facts).shown(split.texts[row])
         heat = {}
         for label, probability in list(said["label"]["probabilities"].items())[:2]:
             values = explain.integrated_gradients(

@@ -10,13 +10,12 @@ from cnnrnn_ext.models import Seq2Seq
 from cnnrnn_ext.recipes.base import Batch, Data, Recipe, RecipeError
 from cnnrnn_ext.recipes.data import translation
 from cnnrnn_ext.recipes.data.files import BadFiles
-from cnnrnn_ext.recipes.draws import order
+from cnnrnn_ext.recipes.draws import picked
 from cnnrnn_ext.recipes.options import positive
 
 PAD, BEGIN, END, UNKNOWN = range(4)  # ids that stand for no character
 SMOOTHING = 0.1  # of the labels, in the loss: less sure, and better ranked by the beam search
 EXAMPLES = 24
-EXAMPLE_ORDER = 1 << 20  # the "epoch" whose order chooses the examples
 FEW = {"train": 128, "validation": 32, "test": 32}  # pairs of --quick
 
 
@@ -95,34 +94,23 @@ class Translation(Recipe):
         else:
             bad, path = BadFiles(settings.bad_files), Path(settings.data)
             try:
-                pairs = translation.read_pairs(path, settings.longest, bad)
+                known = facts["languages"] if facts else None
+                pairs = translation.read_pairs(path, settings.longest, bad, known)
             except OSError as error:
-                raise RecipeError(f"{path}: {error.strerror}") from error
-            if facts:
-                pairs = self._known(pairs, facts, bad)
+                raise RecipeError(f"{path}: expected a table of pairs: {error.strerror}") from error
             report |= {"source": settings.data, "skipped": bad.settle()}
             if not len(pairs):
                 raise RecipeError(f"{path}: no pairs that can be used")
         splits = translation.split_pairs(pairs, settings.seed)
         if settings.quick:
             splits = {
-                name: part.subset(sorted(order(len(part), settings.seed, EXAMPLE_ORDER)[: FEW[name]]))
+                name: part.subset(sorted(picked(len(part), settings.seed, FEW[name])))
                 for name, part in splits.items()
             }
         facts = facts or facts_of(splits["train"], pairs.languages)
         self._know(facts)
         report["pairs"] = {split: len(part) for split, part in splits.items()}
         return Data(splits, facts, report)
-
-    def _known(self, pairs, facts, bad):
-        """The pairs into languages that the model knows; the others go to ``bad``."""
-        kept = []
-        for row, language in enumerate(pairs.languages):
-            if language in facts["languages"]:
-                kept.append(row)
-            else:
-                bad.add(pairs.sources[row], f"the model does not translate into {language!r}")
-        return pairs.subset(kept)
 
     def read(self, arguments, facts):
         if not arguments.texts:
@@ -190,6 +178,8 @@ class Translation(Recipe):
             "copy": scores(split.sources, split.targets),
         }
         for name, column in (("by_language", split.languages), ("by_kind", split.kinds)):
+            if len(set(column)) < 2:
+                continue
             figures[name] = {}
             for value in sorted(set(column)):
                 rows = [row for row, other in enumerate(column) if other == value]
@@ -238,29 +228,26 @@ class Translation(Recipe):
         from cnnrnn_ext.recipes import drawing_translation
 
         split, path = data.splits["test"], folder / "examples.png"
-        part = split.subset(order(len(split), self.settings.seed, EXAMPLE_ORDER)[:EXAMPLES])
+        part = split.subset(picked(len(split), self.settings.seed, EXAMPLES))
         said = self.translate(model, part)
         title = f"{results['exact_match']:.1%} translated exactly"
         subtitle = f"{len(part)} of the {len(split)} pairs of the test split, drawn at random."
         table = list(zip(part.languages, part.sources, said, part.targets, strict=True))
         drawing_translation.examples(path, title, subtitle, table)
         chosen = max(range(len(part)), key=lambda row: (said[row] == part.targets[row], len(said[row])))
-        batch, name = self.batch(part, [chosen]), part.sources[chosen]
-        self.explain(folder / "attention.png", model, batch, name, data.facts)
+        self.explain(folder / "attention.png", model, part, chosen, part.sources[chosen], data.facts)
         return [path, folder / "attention.png"]
 
-    def explain(self, path, model, batch, name, facts):
+    def explain(self, path, model, split, row, name, facts):
         """The decoder's attention over the source's characters."""
         from cnnrnn_ext.recipes import drawing_translation
 
-        found = self.generate(model, batch)
+        found = self.generate(model, self.batch(split, [row]))
         text = self.alphabet.text(found.tokens[0].tolist())
-        length = int(batch.inputs[2][0])
-        read = [f"<{facts['languages'][batch.inputs[0][0, 0] - UNKNOWN - 1]}>"]
-        read += [*self.alphabet.text(batch.inputs[0][0, 1 : length - 1].tolist()), "end"]
+        read = [split.languages[row] or "to", *split.sources[row], "end"]
         written = [*text, "end"][: int(found.lengths[0])]
-        weights = found.attention[0, : len(written), :length]
-        note = "Each row is the attention of one written character over those of the source; it sums to 1."
+        weights = found.attention[0, : len(written), : len(read)]
+        note = "Each row sums to 1: the attention of a written character over those that were read."
         drawing_translation.attention(path, f"{name} → {text}", read, written, weights, note)
         return f"{name} → {text}; each row of the picture: which characters that one was made from"
 

@@ -125,11 +125,12 @@ class Video(Classification):
         strips.clips(paths[-1], title, "Clips of the test split, and what the model says of them.", rows)
         return paths
 
-    def explain(self, path, model, batch, name, facts):
+    def explain(self, path, model, split, row, name, facts):
         """Integrated gradients of each head's answer with respect to the pixels."""
         from cnnrnn_ext import explain
         from cnnrnn_ext.recipes import drawing_video as strips
 
+        batch = self.batch(split, [row])
         frames, lengths = batch.inputs
         said = self.predict(model, batch, facts)[0]
         heat = {}
@@ -148,8 +149,13 @@ class Video(Classification):
 
 
 def _examples(right, count=8):
-    """Rows: wrong ones, at most two, after right ones from all over the split."""
-    wrong = (~right).nonzero().flatten().tolist()[:2]
-    good = right.nonzero().flatten().tolist()
-    step = max(1, len(good) // (count - len(wrong)))
-    return good[::step][: count - len(wrong)] + wrong
+    """``count`` rows from all over the split: right ones, then wrong ones, two of these if there are enough
+    right ones."""
+    good, wrong = (mask.nonzero().flatten().tolist() for mask in (right, ~right))
+    wrongs = min(len(wrong), max(2, count - len(good)))
+    return _spread(good, count - wrongs) + _spread(wrong, wrongs)
+
+
+def _spread(rows, count):
+    """At most ``count`` of the rows, evenly spaced."""
+    return rows[:: max(1, len(rows) // max(1, count))][:count]

@@ -14,6 +14,11 @@
 
 namespace cnnrnn {
 
+// A bfloat16, by its bits: the upper half of a float.
+struct Bf16 {
+  uint16_t bits;
+};
+
 // Where the rows of a step find the state before it.
 template <typename T>
 struct StateRows {
@@ -43,9 +48,10 @@ struct Kept {
 template <typename T>
 struct RnnForwardStep {
   int64_t rows, hidden, input;
-  bool downward;   // tasks in falling order: every other step, so that what is in cache is used first
-  bool projected;  // `projection` holds x * W already; x and w are not read
-  const T* x;      // [rows, input]
+  bool downward;       // tasks in falling order: every other step, so that what is in cache is used first
+  bool projected;      // `projection` holds x * W already; x and w are not read
+  const T* x;          // [rows, input]
+  const Bf16* x_bf16;  // the same in bfloat16 in place of x, for the kernels that take it
   int64_t x_stride;
   const void* w;                 // packed panels of depth `input`; direct: [G, hidden, input] as it comes
   const void* r;                 // packed panels of depth `hidden`; direct: [G, hidden, hidden]
@@ -105,6 +111,7 @@ struct Product {
   const T* const* a_rows;   // where each row of A begins, or null
   int64_t a_split, a_skip;  // multiply: from depth a_split on, a row goes on a_skip elements further
   const T* b;               // packed panels, or row-major [depth, columns]
+  const Bf16* b_bf16;       // a row-major B in bfloat16 in its place, or null
   int64_t b_stride;
   const T* const* b_rows;  // where each row of an unpacked B begins, or null
   T* c;                    // [rows, columns]
@@ -116,13 +123,14 @@ template <typename T>
 struct CellKernels {
   int gates, parts, kept;
   int joint;  // the first gates, whose input and state parts are one; the others' state parts stand last
-  bool has_c, has_carry;
+  bool has_c, has_carry, takes_bf16;  // project and forward: x_bf16
   int panel_units, tile_rows, band_rows;
   int64_t (*packed)(int64_t panels, int64_t depth);  // elements that packed weights take
   // Elements of scratch memory that a step of `rows` rows needs, forward (input 0 where projected) or back.
   int64_t (*scratch)(int64_t rows, int64_t input, int64_t hidden, bool backward);
   // w [G * hidden][depth] to panels [first, last).
   void (*pack_gates)(const T* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out);
+  void (*pack_gates_bf16)(const Bf16* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out);
   void (*pack_bias)(const T* ih, const T* hh, int64_t hidden, T* out);
   // projection = x * W. Tasks: bands of band_rows rows x panels.
   void (*project)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
@@ -130,7 +138,8 @@ struct CellKernels {
   // The same from weights as they come: for so few rows that packing would take longer. Tasks are panels,
   // each with all rows. With `projected`, x * W is taken from `projection`.
   void (*forward_direct)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
-  // forward_direct and project with narrow weights; null for double. Tasks are panels in all of them.
+  // forward_direct and project with narrow weights. Tasks are panels in all of them. These, and what packs
+  // from bfloat16, are null for double.
   void (*forward_bf16)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
   void (*forward_int8)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
   void (*project_bf16)(const RnnForwardStep<T>& step, int64_t first, int64_t last);
@@ -148,6 +157,8 @@ struct RnnKernels {
   // b [depth][columns] row-major to panels [first, last) of 4 * lanes columns.
   void (*pack_columns)(const T* b, int64_t stride, int64_t depth, int64_t columns, int64_t first,
                        int64_t last, T* out);
+  void (*pack_columns_bf16)(const Bf16* b, int64_t stride, int64_t depth, int64_t columns, int64_t first,
+                            int64_t last, T* out);
   // b packed beforehand, a contiguous by row. Tasks: bands of band_rows rows x panels. `scratch` holds
   // multiply_scratch(depth) elements, one for each thread.
   void (*multiply)(const Product<T>& product, int64_t first, int64_t last, T* scratch);

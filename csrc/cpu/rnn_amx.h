@@ -37,6 +37,21 @@ CNNRNN_INLINE void for_parted_bands(int64_t rows, int64_t first, int64_t last, b
   }
 }
 
+// Prepares x from row `first` on.
+template <int P>
+CNNRNN_INLINE void fill_input(const RnnForwardStep<float>& s, const PartedRows<P>& x, int64_t first,
+                              int64_t rows) {
+  const auto fill = [&](auto from) {
+    x.fill(rows, [&](int64_t r) {
+      return SplitRow<std::decay_t<decltype(*from)>>{from + (first + r) * s.x_stride, s.input, 0, 0};
+    });
+  };
+  s.x_bf16 ? fill(s.x_bf16) : fill(s.x);
+}
+CNNRNN_INLINE float input_at(const RnnForwardStep<float>& s, int64_t row, int64_t k) {
+  return s.x_bf16 ? value_of(s.x_bf16[row * s.x_stride + k]) : s.x[row * s.x_stride + k];
+}
+
 // See ForwardProducts. Rows are prepared once for all panels of the call.
 template <int P, typename Cell>
 struct PartedForward {
@@ -52,19 +67,16 @@ struct PartedForward {
       : s(s),
         x(s.scratch, s.rows, s.projected ? 0 : s.input),
         h(s.scratch + PartedRows<P>::size(s.rows, s.projected ? 0 : s.input), s.rows, s.hidden) {
-    if (!s.projected) x.fill(s.rows, [&](int64_t r) { return x_row(r); });
-    h.fill(s.rows, [&](int64_t r) { return h_row(r); });
+    if (!s.projected) fill_input(s, x, 0, s.rows);
+    h.fill(s.rows, [&](int64_t r) { return SplitRow<float>{state_row(s.h, r), s.hidden, 0, 0}; });
   }
-
-  CNNRNN_INLINE SplitRow x_row(int64_t r) const { return {s.x + r * s.x_stride, s.input, 0, 0}; }
-  CNNRNN_INLINE SplitRow h_row(int64_t r) const { return {state_row(s.h, r), s.hidden, 0, 0}; }
 
   template <typename Prefetch>
   CNNRNN_INLINE void input(int64_t panel, int64_t first, int64_t rows, Sums& sums,
                            const Prefetch& prefetch) const {
     for (int64_t r = 0; r < rows; ++r) prefetch(r);
     multiply_parted<P, V>(
-        sums, x, first / kTileSide, rows, [&](int64_t r) { return x_row(first + r); },
+        sums, x, first / kTileSide, rows, [&](int64_t r, int64_t k) { return input_at(s, first + r, k); },
         PanelSlice<P, V>(s.w, panel, s.input), false);
   }
   template <typename Prefetch>
@@ -72,7 +84,7 @@ struct PartedForward {
                            const Prefetch& prefetch) const {
     for (int64_t r = 0; r < rows; ++r) prefetch(r);
     multiply_parted<P, V>(
-        sums, h, first / kTileSide, rows, [&](int64_t r) { return h_row(first + r); },
+        sums, h, first / kTileSide, rows, [&](int64_t r, int64_t k) { return state_row(s.h, first + r)[k]; },
         PanelSlice<P, V>(s.r, panel, s.hidden), into == Into::kAdd);
   }
 };
@@ -90,10 +102,9 @@ struct PartedProjection {
                            const Prefetch& prefetch) const {
     for (int64_t r = 0; r < rows; ++r) prefetch(r);
     multiply_parted<P, V>(
-        sums, x, 0, rows, [&](int64_t r) { return row(first + r); }, PanelSlice<P, V>(s.w, panel, s.input),
-        false);
+        sums, x, 0, rows, [&](int64_t r, int64_t k) { return input_at(s, first + r, k); },
+        PanelSlice<P, V>(s.w, panel, s.input), false);
   }
-  CNNRNN_INLINE SplitRow row(int64_t r) const { return {s.x + r * s.x_stride, s.input, 0, 0}; }
 };
 
 // See BackwardProducts.
@@ -107,7 +118,7 @@ struct PartedBackward {
   PartedBackward(const RnnBackwardStep<float>& s) : s(s), d(s.scratch, s.rows, depth(s.hidden)) {
     if (s.d_next) d.fill(s.rows, [&](int64_t r) { return row(r); });
   }
-  CNNRNN_INLINE SplitRow row(int64_t r) const {
+  CNNRNN_INLINE SplitRow<float> row(int64_t r) const {
     constexpr int kApart = Cell::kGates - Cell::kJoint;
     return {next_row(s, r), Cell::kJoint * s.hidden, kApart * s.hidden, 0};
   }
@@ -116,7 +127,7 @@ struct PartedBackward {
                           const Prefetch& prefetch) const {
     for (int64_t r = 0; r < rows; ++r) prefetch(r);
     multiply_parted<P, 4>(
-        sums, d, first / kTileSide, rows, [&](int64_t r) { return row(first + r); },
+        sums, d, first / kTileSide, rows, [&](int64_t r, int64_t k) { return *row(first + r).at(k); },
         PanelSlice<P, 4>(s.r, panel, depth(s.hidden)), false);
   }
 };
@@ -136,8 +147,7 @@ void project_parted(const RnnForwardStep<float>& s, int64_t first, int64_t last)
   const TileSession session;
   for (int64_t task = first; task < last; ++task) {
     const int64_t row = task / panels * kPartedRows, rows = at_most(s.rows - row, kPartedRows);
-    if (task == first || task % panels == 0)
-      products.x.fill(rows, [&](int64_t r) { return products.row(row + r); });
+    if (task == first || task % panels == 0) fill_input(s, products.x, row, rows);
     project_band<float, Cell>(s, products, task % panels, row, rows);
   }
 }
@@ -179,7 +189,8 @@ CNNRNN_INLINE void multiply_block(const PartedRows<P>& a, int64_t rows, const Ro
     const ProductColumns<float> band = {to.c + r * to.stride, to.stride, to.columns, to.accumulate};
     for (int64_t i = 0; i < now; ++i) band.prefetch_row(i);
     PartedSums<4> sums;
-    multiply_parted<P, 4>(sums, a, r / kTileSide, now, [&](int64_t i) { return row(r + i); }, panel, false);
+    multiply_parted<P, 4>(
+        sums, a, r / kTileSide, now, [&](int64_t i, int64_t k) { return *row(r + i).at(k); }, panel, false);
     for (int64_t i = 0; i < now; ++i) band.store(i, sums.of[i]);
   }
 }
@@ -199,7 +210,8 @@ void multiply_parted_columns(const Product<float>& p, int64_t first, int64_t las
     for (int64_t k = 0; k == 0 || k < p.depth; k += kPartedDepth) {
       const PartedRows<P> a(scratch, kPartedBlock, at_most(p.depth - k, kPartedDepth));
       const auto row_of_a = [&](int64_t r) {
-        return SplitRow{p.a_rows ? p.a_rows[row + r] : p.a + (row + r) * p.a_row, p.a_split, p.a_skip, k};
+        return SplitRow<float>{p.a_rows ? p.a_rows[row + r] : p.a + (row + r) * p.a_row, p.a_split, p.a_skip,
+                               k};
       };
       a.fill(rows, row_of_a);
       for (int64_t panel = begin; panel < end; ++panel) {
@@ -229,9 +241,11 @@ void multiply_parted_unpacked(const Product<float>& p, int64_t first, int64_t la
     const int64_t group_end = at_most(group + kPartedGroup, panel_end);
     for (int64_t k = 0; k == 0 || k < p.depth; k += kPartedDepth) {
       const int64_t depth = at_most(p.depth - k, kPartedDepth);
-      for (int64_t panel = group; panel < group_end; ++panel)
-        part_columns<P>({p.b, p.b_stride, p.b_rows}, k, depth, p.columns, panel * kPanel<float>,
-                        scratch + (panel - group) * PartedPanel<P, 4>::size(depth));
+      with_rows(p, [&](const auto& b) {
+        for (int64_t panel = group; panel < group_end; ++panel)
+          part_columns<P>(b, k, depth, p.columns, panel * kPanel<float>,
+                          scratch + (panel - group) * PartedPanel<P, 4>::size(depth));
+      });
       const PartedRows<P> a(a_memory, kPartedBlock, depth);
       for (int64_t block = 0; block < tasks.blocks; ++block) {
         const int64_t row = block * kPartedBlock, rows = at_most(p.rows - row, kPartedBlock);
@@ -255,10 +269,11 @@ template <int P, typename Cell>
 constexpr cnnrnn::CellKernels<float> parted_cell() {
   cnnrnn::CellKernels<float> k{};
   k.gates = Cell::kGates, k.parts = Cell::kParts, k.kept = Cell::kKept, k.joint = Cell::kJoint;
-  k.has_c = Cell::kHasC, k.has_carry = Cell::kHasCarry;
+  k.has_c = Cell::kHasC, k.has_carry = Cell::kHasCarry, k.takes_bf16 = true;
   k.panel_units = kPanelUnits<float, Cell>, k.tile_rows = kTileSide, k.band_rows = kPartedRows;
   k.packed = packed_parts<P, kVectorsOf<Cell>>, k.scratch = scratch_parted<P, Cell>;
-  k.pack_gates = part_gates<P, Cell>, k.pack_bias = pack_bias<float, Cell>;
+  k.pack_gates = part_gates<P, Cell, float>, k.pack_gates_bf16 = part_gates<P, Cell, Bf16>;
+  k.pack_bias = pack_bias<float, Cell>;
   k.project = project_parted<P, Cell>, k.forward = forward_parted<P, Cell>;
   k.backward = backward_parted<P, Cell>;
   return k;
@@ -271,7 +286,8 @@ constexpr cnnrnn::RnnKernels<float> parted_kernels() {
           kPartedBlock,
           kPartedBlock,
           packed_parts<P, 4>,
-          part_columns_of<P>,
+          part_columns_of<P, float>,
+          part_columns_of<P, Bf16>,
           multiply_parted_columns<P>,
           multiply_scratch_parted<P>,
           multiply_parted_unpacked<P>,

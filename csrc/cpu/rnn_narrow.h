@@ -8,19 +8,11 @@
 // square.
 #pragma once
 
-#include "vmath.h"
+#include "bf16.h"
 
 namespace {
 
-struct Bf16 {
-  uint16_t bits;
-};
-
-CNNRNN_INLINE float value_of(float w) { return w; }
 CNNRNN_INLINE float value_of(int8_t w) { return static_cast<float>(w); }
-CNNRNN_INLINE float value_of(Bf16 w) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(w.bits) << 16);
-}
 
 constexpr int kStep = 2 * kLanes;  // weights are taken so many at a time
 constexpr int kNarrowRows = 16;    // of activations that pass over the same weights in turn

@@ -1,6 +1,7 @@
 // Packing, and the matrix products outside the scan: gradients of the input and of the weights.
 #pragma once
 
+#include "bf16.h"
 #include "rnn_step.h"
 
 namespace {
@@ -18,32 +19,40 @@ constexpr int64_t kRowBlock = 8 * kTileRows;
 template <typename T>
 constexpr int64_t kProductScratch = kDepthBlock * (kPanelGroup * kPanel<T> + kRowBlock);
 
-// Row k of a row-major B.
-template <typename T>
+// Row k of a row-major B, whose elements are T or narrower.
+template <typename B>
 struct MatrixRows {
-  const T* first;
+  const B* first;
   int64_t stride;
-  const T* const* each;  // where each row begins, or null
-  CNNRNN_INLINE const T* operator()(int64_t k) const { return each ? each[k] : first + k * stride; }
+  const B* const* each;  // where each row begins, or null
+  CNNRNN_INLINE const B* operator()(int64_t k) const { return each ? each[k] : first + k * stride; }
 };
 
+// Calls f with the rows of an unpacked B.
+template <typename T, typename F>
+CNNRNN_INLINE void with_rows(const Product<T>& p, const F& f) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (p.b_bf16) return f(MatrixRows<Bf16>{p.b_bf16, p.b_stride, nullptr});
+  f(MatrixRows<T>{p.b, p.b_stride, p.b_rows});
+}
+
 // 4 vectors of columns from `column` on, of `depth` rows from `from` on.
-template <typename T>
-CNNRNN_INLINE void pack_panel(const MatrixRows<T>& b, int64_t from, int64_t depth, int64_t columns,
+template <typename T, typename B>
+CNNRNN_INLINE void pack_panel(const MatrixRows<B>& b, int64_t from, int64_t depth, int64_t columns,
                               int64_t column, T* out) {
   constexpr int L = kLanesOf<T>;
   for (int64_t k = 0; k < depth; ++k) {
-    const T* row = b(from + k) + column;
+    const B* row = b(from + k) + column;
     for (int v = 0; v < 4; ++v)
       storeu(out + (k * 4 + v) * L, load_n(row + v * L, valid(columns - column, v * L, L)));
   }
 }
 
-template <typename T>
-void pack_columns(const T* b, int64_t stride, int64_t depth, int64_t columns, int64_t first, int64_t last,
+template <typename T, typename B>
+void pack_columns(const B* b, int64_t stride, int64_t depth, int64_t columns, int64_t first, int64_t last,
                   T* out) {
   for (int64_t p = first; p < last; ++p)
-    pack_panel<T>({b, stride, nullptr}, 0, depth, columns, p * kPanel<T>, out + p * depth * kPanel<T>);
+    pack_panel<T, B>({b, stride, nullptr}, 0, depth, columns, p * kPanel<T>, out + p * depth * kPanel<T>);
 }
 
 template <typename T>
@@ -56,8 +65,8 @@ int64_t packed_gates(int64_t panels, int64_t depth) {
   return panels * depth * kVectorsOf<Cell> * kLanesOf<T>;
 }
 
-template <typename T, typename Cell>
-void pack_gates(const T* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out) {
+template <typename T, typename Cell, typename W>
+void pack_gates(const W* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out) {
   constexpr int L = kLanesOf<T>, U = Cell::kUnitVectors, V = kVectorsOf<Cell>;
   for (int64_t p = first; p < last; ++p) {
     T* panel = out + p * depth * V * L;
@@ -65,7 +74,7 @@ void pack_gates(const T* w, int64_t hidden, int64_t depth, int64_t first, int64_
       const int64_t width = valid(depth, k, L);
       for (int v = 0; v < V; ++v) {
         const int64_t unit = (p * U + v % U) * L, n = valid(hidden, unit, L);
-        const T* from = w + (v / U * hidden + unit) * depth + k;
+        const W* from = w + (v / U * hidden + unit) * depth + k;
         Vec<T> rows[L];
         for (int l = 0; l < L; ++l) rows[l] = l < n ? load_n(from + l * depth, width) : Vec<T>{};
         transpose<T>(rows);
@@ -202,9 +211,11 @@ void multiply_unpacked(const Product<T>& p, int64_t first, int64_t last, T* scra
     const int64_t group_end = group + kPanelGroup < panel_end ? group + kPanelGroup : panel_end;
     for (int64_t k = 0; k == 0 || k < p.depth; k += kDepthBlock) {
       const int64_t depth = p.depth - k < kDepthBlock ? p.depth - k : kDepthBlock;
-      for (int64_t panel = group; panel < group_end; ++panel)
-        pack_panel<T>({p.b, p.b_stride, p.b_rows}, k, depth, p.columns, panel * kPanel<T>,
-                      scratch + (panel - group) * kDepthBlock * kPanel<T>);
+      with_rows(p, [&](const auto& b) {
+        for (int64_t panel = group; panel < group_end; ++panel)
+          pack_panel<T>(b, k, depth, p.columns, panel * kPanel<T>,
+                        scratch + (panel - group) * kDepthBlock * kPanel<T>);
+      });
       for (int64_t block = 0; block < tasks.blocks; ++block) {
         const int64_t row = block * kRowBlock;
         const int64_t rows = p.rows - row < kRowBlock ? p.rows - row : kRowBlock;

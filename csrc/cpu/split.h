@@ -10,6 +10,7 @@
 #pragma once
 
 #include "amx.h"
+#include "bf16.h"
 #include "rnn_product.h"
 #include "vmath.h"
 
@@ -81,10 +82,11 @@ constexpr int64_t tile_steps(int64_t depth) { return (depth + kTileDepth - 1) / 
 constexpr int64_t tile_rows(int64_t rows) { return (rows + kTileSide - 1) / kTileSide; }
 
 // A row of A from depth `from` on, in two pieces: up to depth `split`, and the others `skip` further.
+template <typename A>
 struct SplitRow {
-  const float* first;
+  const A* first;
   int64_t split, skip, from;
-  CNNRNN_INLINE const float* at(int64_t k) const {
+  CNNRNN_INLINE const A* at(int64_t k) const {
     return first + (from + k < split ? from + k : from + k + skip);
   }
   // Whether the values from k on lie side by side.
@@ -127,11 +129,17 @@ struct PartedRows {
   template <typename Rows>
   CNNRNN_INLINE void fill(int64_t rows, const Rows& row) const {
     for (int64_t r = 0; r < rows; ++r) {
-      const SplitRow from = row(r);
+      const auto from = row(r);
       Half* to = tiles + r / kTileSide * tile_size(depth) + r % kTileSide * kTileDepth;
       Magnitudes magnitudes;
-      for (int64_t k = 0; k < depth; k += kTileDepth, to += P * kTileValues)
+      for (int64_t k = 0; k < depth; k += kTileDepth, to += P * kTileValues) {
+        if constexpr (P == 1 && std::is_same_v<decltype(*from.at(0)), const Bf16&>)
+          if (k + kTileDepth <= depth && from.is_whole(k, kTileDepth)) {
+            store_words(to, reinterpret_cast<vu>(loadu(reinterpret_cast<const int32_t*>(from.at(k)))));
+            continue;  // one part of a bfloat16 is itself, and goes through tile registers whatever it is
+          }
         put(piece(from, k), piece(from, k + kLanes), magnitudes, to);
+      }
       bool& flag = plain[r / kTileSide];
       flag = (r % kTileSide == 0 || flag) && magnitudes.part();
     }
@@ -166,10 +174,11 @@ struct PartedRows {
     for (int p = 0; p < P; ++p) store_words(to + p * kTileValues, halves_of(first.of[p], second.of[p]));
   }
   // The 16 values from k on, zeros from `depth` on.
-  CNNRNN_INLINE vf piece(const SplitRow& row, int64_t k) const {
+  template <typename A>
+  CNNRNN_INLINE vf piece(const SplitRow<A>& row, int64_t k) const {
     if (k + kLanes <= depth && row.is_whole(k, kLanes)) return loadu(row.at(k));
     vf v{};
-    for (int l = 0; l < kLanes && k + l < depth; ++l) v[l] = *row.at(k + l);
+    for (int l = 0; l < kLanes && k + l < depth; ++l) v[l] = value_of(*row.at(k + l));
     return v;
   }
 };
@@ -239,8 +248,8 @@ CNNRNN_INLINE void part_panel(float* panel, int64_t depth, const Put& put) {
 }
 
 // 4 vectors of columns from `column` on, of `depth` rows from `from` on.
-template <int P>
-CNNRNN_INLINE void part_columns(const MatrixRows<float>& b, int64_t from, int64_t depth, int64_t columns,
+template <int P, typename B>
+CNNRNN_INLINE void part_columns(const MatrixRows<B>& b, int64_t from, int64_t depth, int64_t columns,
                                 int64_t column, float* panel) {
   using Panel = PartedPanel<P, 4>;
   part_panel<P, 4>(panel, depth, [&](const auto& part) {
@@ -258,17 +267,17 @@ CNNRNN_INLINE void part_columns(const MatrixRows<float>& b, int64_t from, int64_
   });
 }
 
-template <int P>
-void part_columns_of(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t first,
-                     int64_t last, float* out) {
+template <int P, typename B>
+void part_columns_of(const B* b, int64_t stride, int64_t depth, int64_t columns, int64_t first, int64_t last,
+                     float* out) {
   for (int64_t p = first; p < last; ++p)
-    part_columns<P>({b, stride, nullptr}, 0, depth, columns, p * kPanel<float>,
-                    out + p * PartedPanel<P, 4>::size(depth));
+    part_columns<P, B>({b, stride, nullptr}, 0, depth, columns, p * kPanel<float>,
+                       out + p * PartedPanel<P, 4>::size(depth));
 }
 
 // pack_gates: columns of B are rows of w, which lie along the depth.
-template <int P, typename Cell>
-void part_gates(const float* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, float* out) {
+template <int P, typename Cell, typename W>
+void part_gates(const W* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, float* out) {
   constexpr int U = Cell::kUnitVectors, V = kVectorsOf<Cell>;
   using Panel = PartedPanel<P, V>;
   for (int64_t panel = first; panel < last; ++panel) {
@@ -277,7 +286,7 @@ void part_gates(const float* w, int64_t hidden, int64_t depth, int64_t first, in
       for (int64_t k = 0; k < depth; k += kTileDepth)
         for (int v = 0; v < V; ++v) {
           const int64_t unit = (panel * U + v % U) * kLanes, n = valid(hidden, unit, kLanes);
-          const float* from = w + (v / U * hidden + unit) * depth + k;
+          const W* from = w + (v / U * hidden + unit) * depth + k;
           vf pairs[P][kLanes];
           for (int l = 0; l < kLanes; ++l) {
             const int64_t left = l < n ? depth - k : 0;
@@ -369,11 +378,11 @@ CNNRNN_INLINE void multiply_tiles_of(int64_t rows, const Half* a, int64_t a_rows
   }
 }
 
-// sums (+)= A * panel for `rows` rows of A from the tile of rows `tile` on; row(r) as A was filled, counted
-// from that tile.
-template <int P, int V, int kRows, typename Rows>
+// sums (+)= A * panel for `rows` rows of A from the tile of rows `tile` on; value(r, k) is what A was filled
+// with, r counted from that tile.
+template <int P, int V, int kRows, typename Value>
 CNNRNN_INLINE void multiply_parted(BandSums<float, V, kRows>& sums, const PartedRows<P>& a, int64_t tile,
-                                   int64_t rows, const Rows& row, const PanelSlice<P, V>& panel,
+                                   int64_t rows, const Value& value, const PanelSlice<P, V>& panel,
                                    bool accumulate) {
   const int64_t count = tile_rows(rows), steps = tile_steps(a.depth);
   bool plain = panel.plain;
@@ -384,14 +393,12 @@ CNNRNN_INLINE void multiply_parted(BandSums<float, V, kRows>& sums, const Parted
                             V * kTileSide, accumulate);
     return;
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const auto from = row(r);
+  for (int64_t r = 0; r < rows; ++r)
     for (int v = 0; v < V; ++v) {
       vf sum = accumulate ? sums.of[r][v] : vf{};
-      for (int64_t k = 0; k < a.depth; ++k) sum += broadcast(*from.at(k)) * panel.whole(k, v);
+      for (int64_t k = 0; k < a.depth; ++k) sum += broadcast(value(r, k)) * panel.whole(k, v);
       sums.of[r][v] = sum;
     }
-  }
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnrnn_ext.recipes.base import Data, RecipeError
-from cnnrnn_ext.recipes.data.files import BadFiles, split_rows
+from cnnrnn_ext.recipes.data.files import BadFiles, split_rows, unambiguous
 
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg"}
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -84,9 +84,10 @@ def load(root, settings, facts=None):
     for path, label in found:
         if label not in known:
             bad.add(path, f"the model knows no class {label!r}")
-    kept = _unambiguous(kept, bad)
+    paths, said = zip(*kept, strict=True) if kept else ((), ())
+    once = unambiguous(list(map(str, paths)), said, map(_digest, paths), "clip", bad)
     frames, names, labels = [], [], []
-    for path, label in kept:
+    for path, label in (kept[row] for row in once):
         clip = _try_to_read(path, reading, bad)
         if clip is not None:
             frames.append(clip)
@@ -126,7 +127,10 @@ def read(paths, facts, bad):
 def _labelled(root, bad):
     """[(path of a clip, class)], in the order of the names."""
     if not root.is_dir():
-        raise RecipeError(f"{root}: expected a folder with a folder of clips for each class")
+        raise RecipeError(
+            f"{root}: expected a folder with a folder of clips for each class"
+            + ("" if root.exists() else ", found nothing")
+        )
     found = []
     for folder in _sorted(root):
         if not folder.is_dir():
@@ -155,26 +159,6 @@ def _sorted(folder):
     return sorted(visible, key=lambda path: [
         (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)
     ])  # fmt: skip
-
-
-def _unambiguous(found, bad):
-    """Without the clips whose content is there twice. In two classes: at least one label is wrong, nobody
-    knows which. In one class: a copy could be trained on and tested with."""
-    places = {}
-    for path, label in found:
-        places.setdefault(_digest(path), []).append((path, label))
-    kept = []
-    for same in places.values():
-        labels = sorted({label for _, label in same})
-        if len(labels) > 1:
-            for path, _ in same:
-                others = ", ".join(str(other) for other, _ in same if other != path)
-                bad.add(path, f"mislabelled: the same clip is in the classes {', '.join(labels)} ({others})")
-            continue
-        kept.append(same[0])
-        for path, _ in same[1:]:
-            bad.add(path, f"a copy of {same[0][0]}")
-    return kept
 
 
 def _digest(path):

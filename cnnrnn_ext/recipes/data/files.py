@@ -41,6 +41,41 @@ class BadFiles:
         return [{"name": name, "reason": reason} for name, reason in self.found]
 
 
+def short(text):
+    """The text as a message quotes it: at most its first 30 characters."""
+    return repr(text if len(text) <= 30 else text[:29] + "…")
+
+
+def unambiguous(names, labels, contents, what, bad):
+    """The rows whose content is there once, or first of several with the same label.
+
+    Of several labels at least one is wrong, and nobody knows which: all of them go to ``bad``. Of one label
+    the copies do: one of them could be trained on and another tested with.
+
+    Args:
+        names, labels, contents: of each row; texts, and anything that can be hashed.
+        what: such a row is called in messages ("clip").
+        bad: :class:`BadFiles`.
+    """
+    rows_of = defaultdict(list)
+    for row, content in enumerate(contents):
+        rows_of[content].append(row)
+    kept = []
+    for same in rows_of.values():
+        said = sorted({labels[row] for row in same})
+        if len(said) > 1:
+            places = list(dict.fromkeys(names[row] for row in same))  # a table can name a file twice
+            for name in places:
+                others = ", ".join(other for other in places if other != name)
+                told = f"mislabelled: the same {what} has the labels {', '.join(map(short, said))}"
+                bad.add(name, f"{told} ({others})" if others else told)
+            continue
+        kept.append(same[0])
+        for row in same[1:]:
+            bad.add(names[row], f"a copy of {names[same[0]]}")
+    return kept
+
+
 def split_rows(labels, seed, shares=SPLITS):
     """{split: sorted rows}: the same share of every label in each split, drawn from ``seed``.
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from cnnrnn_ext.recipes.base import RecipeError
-from cnnrnn_ext.recipes.data.files import split_rows
+from cnnrnn_ext.recipes.data.files import short, split_rows
 
 FEWEST = 3  # texts of a label: one for each split
 
@@ -34,7 +34,7 @@ def load(path, seed, bad, known=None):
         labels = sorted({label for _, label in found})
         if len(labels) > 1:
             for line, label in found:
-                told = f"mislabelled: {_short(text)} is {label!r} here, and elsewhere another of {labels}"
+                told = f"mislabelled: {short(text)} is {label!r} here, and elsewhere another of {labels}"
                 bad.add(f"{path}, line {line}", told)
         else:
             kept.append((text, labels[0]))
@@ -64,7 +64,7 @@ def _content(path):
     try:
         return path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+        raise RecipeError(f"{path}: expected a file of texts: {error.strerror}") from error
 
 
 def _broken(text):
@@ -102,7 +102,7 @@ def _read(path, bad, label=True):
         elif not text:
             bad.add(place, "an empty text")
         elif label and not given:
-            bad.add(place, f"no label for {_short(text)}")
+            bad.add(place, f"no label for {short(text)}")
         else:
             found.append((rows.line_num, text, given))
 
@@ -113,7 +113,3 @@ def _check(path, counts):
     few = [f"{label} ({count})" for label, count in counts.items() if count < FEWEST]
     if few:
         raise RecipeError(f"{path}: each label needs at least {FEWEST} texts; too few: {', '.join(few)}")
-
-
-def _short(text):
-    return repr(text if len(text) <= 30 else text[:29] + "…")

@@ -19,7 +19,7 @@ import torch
 from cnnrnn_ext import _files
 from cnnrnn_ext.recipes.base import RecipeError
 from cnnrnn_ext.recipes.data.espeak import EspeakUnavailable, espeak
-from cnnrnn_ext.recipes.data.files import split_rows
+from cnnrnn_ext.recipes.data.files import split_rows, unambiguous
 from cnnrnn_ext.recipes.data.formants import Formants
 from cnnrnn_ext.recipes.data.spectrogram import SAMPLE_RATE
 from cnnrnn_ext.recipes.data.tables import read_rows
@@ -206,12 +206,18 @@ def read_wav(path):
     """
     import soundfile
 
+    if not os.path.isfile(path):
+        raise ValueError("there is no such file")
+    if not os.path.getsize(path):
+        raise ValueError("an empty file")
     try:
         with soundfile.SoundFile(path) as file:
             rate, announced = file.samplerate, file.frames
             samples = file.read(dtype="float32", always_2d=True)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise ValueError(f"cannot be read ({error})") from error
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"cannot be read: {error.error_string}") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
     if len(samples) < announced or _cut_short(path):
         raise ValueError(f"truncated: it ends after {len(samples)} samples")
     if not SHORTEST <= len(samples) / rate <= LONGEST:
@@ -237,31 +243,48 @@ def _cut_short(path):
 def read_folder(folder, bad):
     """Recordings of a folder per word, ``folder/<word>/*.wav``.
 
-    What cannot be used goes to ``bad`` (:class:`files.BadFiles`): files that :func:`read_wav` refuses, and
-    words without any file. Voices are the files' paths.
+    What cannot be used goes to ``bad`` (:class:`files.BadFiles`): files that are no recordings or that
+    :func:`read_wav` refuses, words without any file, copies. Hidden files are ignored. Voices are the files'
+    paths.
     """
-    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     found = Recordings([], [], [], [])
-    for word in folders:
-        sounds = sorted(file for file in word.iterdir() if file.suffix.lower() in SUFFIXES)
-        if not sounds:
-            bad.add(word, f"no recordings ({', '.join(SUFFIXES)})")
-        for file in sounds:
-            _add(found, file, (word.name,), bad)
-    return found
+    for word in _visible(folder):
+        if not word.is_dir():
+            bad.add(word, "lies beside the words' folders, not in one of them")
+            continue
+        files = _visible(word)
+        if not files:
+            bad.add(word, "an empty folder")
+        for file in files:
+            if file.suffix.lower() in SUFFIXES:
+                _add(found, file, (word.name,), bad)
+            else:
+                bad.add(file, f"not a recording ({', '.join(SUFFIXES)})")
+    return _without_copies(found, bad)
+
+
+def _visible(folder):
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _without_copies(found, bad):
+    said = [" ".join(words) for words in found.words]
+    rows = unambiguous(found.files, said, [wave.tobytes() for wave in found.waves], "recording", bad)
+    return found.subset(rows)
 
 
 def read_transcripts(table, bad):
     """Recordings of a table, one line each: ``path<TAB>transcript``, UTF-8, paths relative to the table's
     folder.
 
-    A third column may name the speaker: a speaker's recordings stay in one split. Empty lines and lines that
-    start with # are left out; what cannot be used goes to ``bad``.
+    A third column may name the speaker: a speaker's recordings stay in one split. A first line with the
+    columns' names (path, transcript, speaker) lets them stand in any order. Empty lines and lines that start
+    with # are left out; what cannot be used, copies too, goes to ``bad``.
     """
     found = Recordings([], [], [], [])
     for _, (file, transcript, speaker) in read_rows(table, bad, ("path", "transcript"), ("speaker",)):
         _add(found, table.parent / file, tuple(transcript.split()), bad, speaker)
-    return found
+    return _without_copies(found, bad)
 
 
 def _add(recordings, file, words, bad, speaker=None):

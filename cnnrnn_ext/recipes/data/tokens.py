@@ -6,7 +6,8 @@ from collections import Counter
 import torch
 
 PADDING, UNKNOWN, BEGIN, END = range(4)
-SPECIAL = ("", "□", "⊢", "⊣")  # what stands for them in pictures
+SPECIAL = 4  # ids that are no piece
+BEGINS, ENDS = "⊢", "⊣"  # what stands for them in pictures
 WORDS = re.compile(r"\w+|[^\w\s]")
 MOST = 20_000  # words of a vocabulary
 
@@ -27,20 +28,20 @@ class Encoder:
 
     def __init__(self, vocabulary, kind, longest):
         self.kind, self.longest = kind, longest
-        self.ids = {piece: number for number, piece in enumerate(vocabulary, len(SPECIAL))}
+        self.ids = {piece: number for number, piece in enumerate(vocabulary, SPECIAL)}
 
     def __len__(self):
-        return len(SPECIAL) + len(self.ids)
+        return SPECIAL + len(self.ids)
 
     def encode(self, text):
         """A list of ids; of at most ``longest`` pieces."""
         found = pieces(text, self.kind)[: self.longest]
         return [BEGIN, *(self.ids.get(piece, UNKNOWN) for piece in found), END]
 
-    def shown(self, ids):
-        """What stands for each of some ids in a picture."""
-        names = [*SPECIAL, *self.ids]
-        return [names[number] for number in ids]
+    def shown(self, text):
+        """What stands in a picture for each id of :meth:`encode`: [(piece, whether it has an id)]."""
+        found = pieces(text, self.kind)[: self.longest]
+        return [(BEGINS, True), *((piece, piece in self.ids) for piece in found), (ENDS, True)]
 
 
 def padded(rows):

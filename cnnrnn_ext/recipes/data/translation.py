@@ -103,15 +103,22 @@ def gist(source):
     return " ".join(re.sub(r"(?<=[^s]{2})s$", "", word) for word in words)
 
 
-def read_pairs(table, longest, bad):
+def read_pairs(table, longest, bad, known=None):
     """:class:`Pairs` of a table of the user's, one line each: ``source<TAB>target``, and perhaps a third
-    column for the target's language. UTF-8; what cannot be used, and pairs of more than ``longest``
-    characters, go to ``bad``."""
+    column for the target's language. UTF-8; a first line may name the columns (source, target, language),
+    which then stand in any order. What cannot be used, pairs of more than ``longest`` characters, and those
+    into languages other than ``known``, if given, go to ``bad``."""
     found = Pairs([], [], [], [])
     for place, (source, target, language) in read_rows(table, bad, ("source", "target"), ("language",)):
         length = max(len(source), len(target))
         if length > longest:
             bad.add(place, f"{length} characters (--longest {longest})")
+            continue
+        if known is not None and language not in known:
+            told = f"into {language!r}" if language else "no language"
+            bad.add(
+                place, f"{told}; the model knows {', '.join(filter(None, known)) or 'one without a name'}"
+            )
             continue
         for column, value in zip(vars(found).values(), (source, target, language, "own"), strict=True):
             column.append(value)
