@@ -50,19 +50,24 @@ class HostTimer:
 
 
 def rounds_of(
-    timer: EventTimer | HostTimer, calls: Mapping[str, Callable[[int], object]], rounds: int
+    timer: EventTimer | HostTimer,
+    calls: Mapping[str, Callable[[int], object]],
+    rounds: int | Callable[[float], int],
 ) -> dict[str, list[float]]:
     """Seconds of every contender in every round. They take turns, and the first one changes.
 
-    A call is told which round it is in, so that it may read another copy of its input.
+    A call is told which round it is in, so that it may read another copy of its input. ``rounds`` may be a
+    function of the seconds that a round takes, by the uncounted one before.
     """
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:  # uncounted
+    for name in names:  # uncounted: what is done once only
         calls[name](0)
+    if callable(rounds):
+        rounds = rounds(sum(timer.time([lambda name=name: calls[name](1) for name in names])))
     for turn in range(rounds):
         order = names[turn % len(names) :] + names[: turn % len(names)]
-        bound = [lambda name=name, turn=turn: calls[name](turn) for name in order]
+        bound = [lambda name=name, turn=turn: calls[name](turn + 2) for name in order]
         for name, took in zip(order, timer.time(bound), strict=True):
             seconds[name].append(took)
     return seconds

@@ -7,8 +7,9 @@ from cnnrnn_ext.reference._cells import CELLS, one_step
 from cnnrnn_ext.reference._rnn import scan_layer
 
 # ---- sequences ----
-# inputs of rnn_train: cell, x, h_0, c_0, four lists of weights, then STEPS: batch_sizes, lengths, reset
-STEPS = 3
+# inputs of rnn_train: the operands cell, x, h_0, c_0 and four lists of weights; the steps batch_sizes,
+# lengths, reset; then tf32 and recompute_gates, left out by the dispatcher where they have their defaults
+OPERANDS, STEPS = 8, 3
 
 
 def _regroup(tensors, counts):
@@ -17,8 +18,8 @@ def _regroup(tensors, counts):
 
 
 def _sequence_setup(ctx, inputs, output):
-    ctx.cell, x, h_0, c_0, *weights = inputs[:-STEPS]
-    steps = inputs[-STEPS:]
+    ctx.cell, x, h_0, c_0, *weights = inputs[:OPERANDS]
+    steps, ctx.tf32 = inputs[OPERANDS : OPERANDS + STEPS], inputs[OPERANDS + STEPS]
     ctx.counts = [len(w) for w in weights]
     out, _, c_n, cells, reserve = output
     ctx.save_for_backward(*steps, out, cells, reserve, x, h_0, c_0, *(w for group in weights for w in group))
@@ -28,16 +29,17 @@ def _sequence_setup(ctx, inputs, output):
 
 def _sequence_backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, grad_reserve):
     grads = [grad_output, grad_h_n, grad_c_n, grad_cells]
+    behind = [None] * (len(ctx.needs_input_grad) - OPERANDS)
     if all(g is None for g in grads):
-        return (*[None] * 4, *([None] * count for count in ctx.counts), *[None] * STEPS)
+        return (*[None] * 4, *([None] * count for count in ctx.counts), *behind)
     steps, saved, (x, h_0, c_0), flat = (
         ctx.saved_tensors[:3], ctx.saved_tensors[3:6], ctx.saved_tensors[6:9], ctx.saved_tensors[9:],
     )  # fmt: skip
-    _, asked_x, asked_h, asked_c, *asked_weights = ctx.needs_input_grad[:-STEPS]
+    _, asked_x, asked_h, asked_c, *asked_weights = ctx.needs_input_grad[:OPERANDS]
     need_weight, need_bias = (any((*a, *b)) for a, b in (asked_weights[:2], asked_weights[2:]))
     grad_x, grad_h_0, grad_c_0, *grad_weights = torch.ops.cnnrnn_ext.rnn_backward(
         *grads, ctx.cell, x, h_0, c_0, *_regroup(flat, ctx.counts), *steps, *saved,
-        asked_x, asked_h or asked_c, need_weight, need_bias,
+        asked_x, asked_h or asked_c, need_weight, need_bias, ctx.tf32,
     )  # fmt: skip
     per_list = [
         [g if wanted else None for g, wanted in zip(group, asked, strict=True)] if any(asked) else [None] * n
@@ -49,16 +51,16 @@ def _sequence_backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, grad_re
         grad_h_0 if asked_h else None,
         grad_c_0 if asked_c else None,
         *per_list,
-        *[None] * STEPS,
+        *behind,
     )
 
 
-# inputs of rnn_backward: four gradients, the inputs of rnn_train, then output, cells, reserve, four flags
+# inputs of rnn_backward: four gradients, operands and steps as above, output, cells, reserve, flags, tf32
 
 
 def _sequence_backward_setup(ctx, inputs, output):
     grads, ctx.cell, differentiable, weights = inputs[:4], inputs[4], inputs[5:8], inputs[8:12]
-    steps, ctx.need = inputs[12:15], inputs[18:]
+    steps, ctx.need = inputs[12:15], inputs[18:22]
     ctx.counts = [len(w) for w in weights]
     ctx.save_for_backward(*steps, *grads, *differentiable, *(w for group in weights for w in group))
     ctx.set_materialize_grads(False)
@@ -89,7 +91,8 @@ def _sequence_double_backward(ctx, outer_x, outer_h, outer_c, *outer_weights):
     ]
     given = double_backward(function, inputs, grads, outer, zeros=range(1, 1 + states))
     grads, given = given[:4], given[4:]
-    return (*grads, None, *given[:3], *_regroup(given[3:], counts), *[None] * (STEPS + 3 + 4))
+    behind = [None] * (len(ctx.needs_input_grad) - len(grads) - OPERANDS)
+    return (*grads, None, *given[:3], *_regroup(given[3:], counts), *behind)
 
 
 # ---- cells ----

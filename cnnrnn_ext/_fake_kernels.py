@@ -76,6 +76,7 @@ def _lists(needed, *groups):
 
 def rnn_train(
     cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, lengths, reset,
+    tf32=False, recompute_gates=False,
 ):  # fmt: skip
     kind, directions, hidden = CELLS[cell], len(weight_ih), weight_hh[0].shape[1]
     states = directions, _batch(x, h_0, batch_sizes), hidden
@@ -85,13 +86,16 @@ def rnn_train(
         x.new_empty(states),
         _shape_if(x, kind.states == 2, *states),
         _shape_if(x, kind.states == 2, *sequence),
-        x.new_empty(directions, *x.shape[:-1], kind.kept, hidden, dtype=reserve_dtype(x)),
+        x.new_empty(
+            directions, *x.shape[:-1], 0 if recompute_gates else kind.kept, hidden, dtype=reserve_dtype(x)
+        ),
     )
 
 
 def rnn_backward(
     grad_output, grad_h_n, grad_c_n, grad_cells, cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh,
     batch_sizes, lengths, reset, output, cells, reserve, need_x, need_state, need_weight, need_bias,
+    tf32=False,
 ):  # fmt: skip
     states = len(weight_ih), _batch(x, h_0, batch_sizes), weight_hh[0].shape[1]
     return (

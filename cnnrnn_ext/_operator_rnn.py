@@ -30,11 +30,13 @@ def reserve_dtype(x):
 
 def rnn_train(
     cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, lengths, reset,
+    tf32=False, recompute_gates=False,
 ):  # fmt: skip
     weights = _directions(weight_ih, weight_hh, bias_ih, bias_hh)
     (output, *cells), finals, reserve = scan_layer(
         cell, x, _given(cell, h_0, c_0), weights, batch_sizes, lengths, reset, keep=True
     )
+    reserve = reserve[..., :0, :] if recompute_gates else reserve
     return output, *_or_empty(x, finals, 2), *_or_empty(x, cells, 1), reserve.to(reserve_dtype(x))
 
 
@@ -179,7 +181,12 @@ def _scan_backward(cell, weight_hh, grads, grad_sequences, starts, sequences, re
 def rnn_backward(
     grad_output, grad_h_n, grad_c_n, grad_cells, cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh,
     batch_sizes, lengths, reset, output, cells, reserve, need_x, need_state, need_weight, need_bias,
+    tf32=False,
 ):  # fmt: skip
+    if reserve.shape[-2] < CELLS[cell].kept:  # recompute_gates
+        reserve = rnn_train(
+            cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, lengths, reset
+        )[4]
     sizes = step_sizes(x, batch_sizes)
     valid, reset = step_masks(x, lengths, reset)
     reserve = reserve.to(x.dtype)

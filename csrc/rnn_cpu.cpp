@@ -40,7 +40,7 @@ Results forward(const RnnOperands& o, bool train) {
   r.c_n = o.has_c() ? o.fresh(o.state_sizes()) : nothing(o);
   if (train) {
     r.cells = o.has_c() ? o.fresh(o.output_sizes()) : nothing(o);
-    r.reserve = o.fresh(o.reserve_sizes());
+    r.reserve = o.fresh(o.reserve_sizes(o.sizes().kept));
   }
   run_forward(o, r, true, train);
   const auto outward = [&] {
@@ -65,7 +65,7 @@ Results forward(const RnnOperands& o, bool train) {
 std::tuple<Tensor, Tensor, Tensor> rnn(Text cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
                                        Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
                                        OptionalTensor batch_sizes, OptionalTensor lengths,
-                                       OptionalTensor reset) {
+                                       OptionalTensor reset, bool /*tf32*/) {
   RnnOperands o = sequence_operands(cell.take(), x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
   o.take_weights(weight_ih, weight_hh, bias_ih, bias_hh);
   Results r = forward(o, false);
@@ -75,17 +75,19 @@ std::tuple<Tensor, Tensor, Tensor> rnn(Text cell, Tensor x, OptionalTensor h_0, 
 std::tuple<Tensor, Tensor, Tensor> rnn_layer(Text cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
                                              Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
                                              OptionalTensor bias_hh) {
-  return rnn(cell, x, h_0, c_0, {weight_ih}, {weight_hh}, list(bias_ih), list(bias_hh), {}, {}, {});
+  return rnn(cell, x, h_0, c_0, {weight_ih}, {weight_hh}, list(bias_ih), list(bias_hh), {}, {}, {}, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_train(Text cell, Tensor x, OptionalTensor h_0,
                                                              OptionalTensor c_0, Tensors weight_ih,
                                                              Tensors weight_hh, Tensors bias_ih,
                                                              Tensors bias_hh, OptionalTensor batch_sizes,
-                                                             OptionalTensor lengths, OptionalTensor reset) {
+                                                             OptionalTensor lengths, OptionalTensor reset,
+                                                             bool /*tf32*/, bool recompute_gates) {
   RnnOperands o = sequence_operands(cell.take(), x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
   o.take_weights(weight_ih, weight_hh, bias_ih, bias_hh);
   Results r = forward(o, true);
+  if (recompute_gates) r.reserve = new_dense(r.reserve, o.reserve_sizes(0));
   return {r.output, r.h_n, r.c_n, r.cells, r.reserve};
 }
 
@@ -262,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
     Text cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensors weight_ih, Tensors weight_hh,
     Tensors bias_ih, Tensors bias_hh, OptionalTensor batch_sizes, OptionalTensor lengths,
     OptionalTensor reset, Tensor output, Tensor cells, Tensor reserve, bool need_x, bool need_state,
-    bool need_weight, bool need_bias) {
+    bool need_weight, bool need_bias, bool /*tf32*/) {
   RnnOperands o = sequence_operands(cell.take(), x, h_0, c_0, weight_hh, batch_sizes, lengths, reset);
   o.take_weights(weight_ih, weight_hh, bias_ih, bias_hh);
   Incoming in;
@@ -277,7 +279,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
   }
   check(reserve.scalar_type() == (o.half() ? ScalarType::Float : o.dtype) && reserve.device() == x.device(),
         "reserve and x", o.half() ? " in float32" : "", " must have the same dtype and device");
-  check_shape("reserve", reserve, o.reserve_sizes());
+  const bool again = o.sizes().kept > 0 && reserve.dim() > 1 && reserve.size(reserve.dim() - 2) == 0;
+  check_shape("reserve", reserve, o.reserve_sizes(again ? 0 : o.sizes().kept));
+  if (again) reserve = forward(o, true).reserve;
   Gradients grad = backward(o, in, *output_rows, cell_rows ? *cell_rows : cells, dense(reserve),
                             o.state_sizes(), {need_x, need_state, need_weight, need_bias});
   const auto each = [&](Tensors list) {

@@ -56,8 +56,9 @@ struct RnnOperands {
 
   std::vector<int64_t> state_sizes() const { return {directions, layout.batch, hidden}; }
   std::vector<int64_t> output_sizes() const { return rows_of({directions * hidden}); }
-  std::vector<int64_t> reserve_sizes() const {
-    std::vector<int64_t> sizes_of = rows_of({int64_t{sizes().kept}, hidden}, false);
+  // kept: values of a unit.
+  std::vector<int64_t> reserve_sizes(int64_t kept) const {
+    std::vector<int64_t> sizes_of = rows_of({kept, hidden}, false);
     sizes_of.insert(sizes_of.begin(), directions);
     return sizes_of;
   }

@@ -36,6 +36,12 @@ __device__ __forceinline__ uint32_t to_tf32(float v) {
   return bits;
 }
 
+// The same value, but what follows from it is not computed ahead, in more registers than there are.
+__device__ __forceinline__ uint32_t not_ahead(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // d += a b
 template <typename Element>
 __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -65,6 +71,8 @@ inline uint32_t to_tf32(float v) {
   return v != v ? bits : (bits + 0x1000u) & 0xFFFFE000u;  // to nearest, ties away from zero
 }
 
+inline uint32_t not_ahead(uint32_t value) { return value; }
+
 template <typename Element>
 void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
          const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -83,6 +91,18 @@ __host__ __device__ __forceinline__ To bits_as(const From& from) {
   To to;
   memcpy(&to, &from, sizeof to);
   return to;
+}
+
+// A float as two TF32 numbers: the product of two such floats is, to 2^-22 or so, the sum of three products
+// of TF32. An infinity gives NaN.
+struct FloatParts {
+  uint32_t high, low;
+};
+__host__ __device__ __forceinline__ FloatParts float_parts(uint32_t bits) {
+  const uint32_t high = bits & 0xFFFFE000u;
+  // The tensor cores cut off the bits beyond TF32; half a unit more, and on the average they round.
+  const float low = (bits_as<float>(bits) - bits_as<float>(high)) * (1 + 0x1p-11f);
+  return {high, bits_as<uint32_t>(low)};
 }
 
 }  // namespace cnnrnn::cuda

@@ -1,9 +1,11 @@
-"""Registers, spills and shared memory of every CUDA kernel, as the compiler reports them.
+"""Registers, spills, shared memory and occupancy of every CUDA kernel, as the compiler reports them.
 
     python cuda/resources.py [--arch 80 --arch 90a]
 
 Compiles the kernels with -Xptxas -v (no GPU is needed) and prints a table. The exit status is 1 if a kernel
-spills registers. Shared memory is what the kernel declares; these kernels ask for theirs at launch.
+spills registers. Shared memory is what the kernel declares; these kernels ask for theirs at launch. The last
+column is occupancy: how many blocks of the most threads the registers of a multiprocessor hold. Kernels with
+resident weights take so much shared memory at launch that one block is all there is.
 """
 
 import argparse
@@ -43,31 +45,55 @@ def parse(log):
     return sorted(rows)
 
 
+def most_threads(ptx):
+    """{mangled name: threads of a block, by the kernel's launch bounds} from a PTX file."""
+    threads = {}
+    for part in ptx.split(".entry ")[1:]:
+        bound = re.search(r"\.maxntid (\d+)", part.split("{")[0])
+        threads[re.match(r"\w+", part)[0]] = int(bound[1]) if bound else 1024
+    return threads
+
+
+def blocks_held(registers, threads):
+    """How many blocks of so many threads a multiprocessor (sm_80, sm_90) holds by registers and threads."""
+    of_warp = -(-registers * 32 // 256) * 256
+    return min(65536 // (of_warp * (threads // 32)), 2048 // threads, 32)
+
+
 def compile_log(nvcc, source, arch):
-    """What ptxas says while it compiles one source for one architecture."""
+    """What ptxas says while it compiles one source for one architecture, and the PTX."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch=sm_{arch}"]
-        command += ["-Xptxas", "-v"]
+        command += ["-Xptxas", "-v", "--keep", f"--keep-dir={folder}"]
         command += [f"-I{FOLDER}", f"-I{FOLDER.parent / 'csrc'}", str(source), "-o", f"{folder}/out.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr[:4000]}")
-    return done.stderr
+        if done.returncode != 0:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr[:4000]}")
+        return done.stderr, "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", help="repeatable; default 80 and 90a")
+    parser.add_argument("--source", default="", metavar="SUBSTRING", help="of the files' names")
     arguments = parser.parse_args()
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
     if nvcc is None:
         raise SystemExit("nvcc was not found (PATH or NVCC)")
-    print(f"{'kernel':60} {'arch':>6} {'registers':>9} {'spilled B':>9} {'shared B':>9}")
+    titles = ("arch", 6), ("registers", 9), ("spilled", 7), ("shared", 6), ("threads", 7), ("blocks", 6)
+    print(f"{'kernel':70}", *(f"{title:>{width}}" for title, width in titles))
     spilled = False
-    for source in SOURCES:
+    for source in (source for source in SOURCES if arguments.source in source.name):
         for arch in arguments.arch or ["80", "90a"]:
-            for name, registers, spills, shared in parse(compile_log(nvcc, source, arch)):
-                print(f"{name:60} {'sm_' + arch:>6} {registers:9} {spills:9} {shared:9}")
+            log, ptx = compile_log(nvcc, source, arch)
+            threads_of = {kernel_name(mangled): threads for mangled, threads in most_threads(ptx).items()}
+            for name, registers, spills, shared in parse(log):
+                threads = threads_of[name]
+                print(
+                    f"{name:70} {'sm_' + arch:>6} {registers:9} {spills:7} {shared:6} {threads:7} "
+                    f"{blocks_held(registers, threads):6}",
+                    flush=True,
+                )
                 spilled |= spills > 0
     if spilled:
         raise SystemExit("registers are spilled")

@@ -36,16 +36,21 @@ struct RnnShape {
 // resident in a block, a cluster of blocks (sm_90), or a group of blocks of a cooperative grid.
 enum class RnnSchedule { kStep, kBlock, kCluster, kGrid };
 
+// What the recurrent products are made of. On tensor cores: of 16-bit elements as they are; of floats rounded
+// to TF32; or of floats as exactly as they are, by three products of TF32 each.
+enum class RnnProducts { kFma, kHalves, kTf32, kThreeTf32 };
+
 struct RnnPlan {
   RnnSchedule schedule;
-  int blocks;             // that share the units
-  bool tensor_cores;      // the halves' products; others are sums of fused multiply-adds
+  int blocks;  // that share the units
+  RnnProducts products;
   size_t exchange_bytes;  // of workspace
   int counters;
+  bool tensor_cores() const { return products != RnnProducts::kFma; }
 };
 
-// What the current device takes for this layer.
-RnnPlan rnn_plan(RnnCell, DType, const RnnShape&, bool forward);
+// What the current device takes for this layer. tf32: whether floats may be rounded to TF32.
+RnnPlan rnn_plan(RnnCell, DType, const RnnShape&, bool tf32, bool forward);
 
 struct RnnForward {
   RnnShape shape;
@@ -80,9 +85,10 @@ struct RnnBackward {
 };
 
 // One step; every pointer is T. gates_x [N, G*H]; gates_h likewise, or null where h is zero; h, c [N, H], or
-// null for zeros; h_1, c_1 [N, H]; reserve [N, K, H], or null.
+// null for zeros; h_1, c_1 [N, H], or null; reserve [N, K, H], or null.
 struct RnnCellForward {
-  int batch, hidden;
+  int64_t batch;
+  int hidden;
   const void *gates_x, *gates_h, *bias_ih, *bias_hh, *h, *c;
   void *h_1, *c_1, *reserve;
 };

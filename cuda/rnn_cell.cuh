@@ -12,7 +12,7 @@ template <typename Cell, typename T>
 __global__ void __launch_bounds__(kCellThreads) rnn_cell_forward(RnnCellForward p) {
   using A = Accumulator<T>;
   const int64_t index = int64_t(blockIdx.x) * kCellThreads + threadIdx.x;
-  if (index >= int64_t(p.batch) * p.hidden) return;
+  if (index >= p.batch * p.hidden) return;
   const int64_t row = index / p.hidden;
   const int unit = static_cast<int>(index % p.hidden);
   const int64_t at = row * Cell::kGates * p.hidden + unit;
@@ -23,8 +23,9 @@ __global__ void __launch_bounds__(kCellThreads) rnn_cell_forward(RnnCellForward 
   Values<A, Cell::kKept> kept{};
   const State<A> state =
       Cell::forward(a, State<A>{load_or_zero<A, T>(p.h, index), load_or_zero<A, T>(p.c, index)}, kept);
-  store<T>(state.h, p.h_1, index);
-  if constexpr (Cell::kHasC) store<T>(state.c, p.c_1, index);
+  if (p.h_1) store<T>(state.h, p.h_1, index);
+  if constexpr (Cell::kHasC)
+    if (p.c_1) store<T>(state.c, p.c_1, index);
   if constexpr (Cell::kKept > 0)
     if (p.reserve)
       store_values<Cell::kKept, T>(kept, p.reserve, row * Cell::kKept * p.hidden + unit, p.hidden);
@@ -48,8 +49,8 @@ __global__ void __launch_bounds__(kCellThreads) rnn_cell_backward(RnnCellBackwar
   if constexpr (Cell::kHasC) store<T>(direct.c, p.grad_c, index);
 }
 
-inline dim3 cell_grid(int batch, int hidden) {
-  return dim3(grid_size(ceil_div(int64_t(batch) * hidden, int64_t(kCellThreads))));
+inline dim3 cell_grid(int64_t batch, int hidden) {
+  return dim3(grid_size(ceil_div(batch * hidden, int64_t(kCellThreads))));
 }
 
 }  // namespace

@@ -81,13 +81,13 @@ struct Outputs {
   Tensor output, h_n, c_n;
 };
 
-Outputs forward(Operands& o, const OptionalTensor& cells, const OptionalTensor& reserve) {
+Outputs forward(Operands& o, const OptionalTensor& cells, const OptionalTensor& reserve, bool tf32) {
   const bool has_c = o.sizes.has_c;
   const Tensor all = o.by_row(o.output_sizes());
   if (o.empty()) return {all, o.state_or_zeros(o.h_0), has_c ? o.state_or_zeros(o.c_0) : nothing(o.x)};
   const Outputs out{all, o.state(), has_c ? o.state() : nothing(o.x)};
   const Device device(o.x);
-  const RnnPlan plan = o.plan(true);
+  const RnnPlan plan = o.plan(tf32, true);
   const Tensor packed = o.weight_workspace(plan), carry_c = has_c ? o.carry() : nothing(o.x);
   const Tensor exchange = o.exchange(plan), counters = o.counters(plan);
   RnnForward p{};
@@ -110,10 +110,10 @@ Outputs forward(Operands& o, const OptionalTensor& cells, const OptionalTensor& 
 std::tuple<Tensor, Tensor, Tensor> rnn(Text cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0,
                                        Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh,
                                        OptionalTensor batch_sizes, OptionalTensor lengths,
-                                       OptionalTensor reset) {
+                                       OptionalTensor reset, bool tf32) {
   Operands o = operands(cell.take(), x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh,
                         {batch_sizes, lengths, reset});
-  const Outputs out = forward(o, std::nullopt, std::nullopt);
+  const Outputs out = forward(o, std::nullopt, std::nullopt, tf32);
   return {out.output, out.h_n, out.c_n};
 }
 
@@ -121,20 +121,39 @@ std::tuple<Tensor, Tensor, Tensor> rnn_layer(Text cell, Tensor x, OptionalTensor
                                              Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
                                              OptionalTensor bias_hh) {
   const auto list = [](const OptionalTensor& t) { return t ? Tensors{*t} : Tensors{}; };
-  return rnn(cell, x, h_0, c_0, {weight_ih}, {weight_hh}, list(bias_ih), list(bias_hh), {}, {}, {});
+  return rnn(cell, x, h_0, c_0, {weight_ih}, {weight_hh}, list(bias_ih), list(bias_hh), {}, {}, {}, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_train(Text cell, Tensor x, OptionalTensor h_0,
                                                              OptionalTensor c_0, Tensors weight_ih,
                                                              Tensors weight_hh, Tensors bias_ih,
                                                              Tensors bias_hh, OptionalTensor batch_sizes,
-                                                             OptionalTensor lengths, OptionalTensor reset) {
+                                                             OptionalTensor lengths, OptionalTensor reset,
+                                                             bool tf32, bool recompute_gates) {
   Operands o = operands(cell.take(), x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh,
                         {batch_sizes, lengths, reset});
   const Tensor cells = o.sizes.has_c ? o.by_row(o.output_sizes()) : nothing(x);
-  const Tensor reserve = o.by_row(o.reserve_sizes());
-  const Outputs out = forward(o, cells, reserve);
+  const Tensor reserve = o.by_row(o.reserve_sizes(recompute_gates ? 0 : o.sizes.kept));
+  const Outputs out = forward(o, cells, recompute_gates ? OptionalTensor() : OptionalTensor(reserve), tf32);
   return {out.output, out.h_n, out.c_n, cells, reserve};
+}
+
+// The reserve of a layer that kept none, from the states before each step (a tensor for each direction): all
+// steps at once.
+Tensor reserve_again(const Operands& o, const Tensors& before, const Device& device) {
+  const int64_t kept = o.sizes.kept, hidden = o.shape.hidden, rows = o.shape.rows;
+  Tensor reserve = empty_like_of(o.x, o.reserve_sizes(kept));
+  Tensor of_directions = torch::stable::view(reserve, {int64_t(o.shape.directions), rows, kept, hidden});
+  for (size_t d = 0; d < before.size(); ++d) {
+    const Tensor gates_x = matmul(o.rows_as_matrix(o.x), transposed(o.weight_ih[d]));
+    const Tensor gates_h = matmul(before[d], transposed(o.weight_hh[d]));
+    rnn_cell_step_forward(o.cell, dtype_of(o.x),
+                          {rows, o.shape.hidden, input(gates_x), input(gates_h), o.bias(o.bias_ih, d),
+                           o.bias(o.bias_hh, d), input(before[d]), nullptr, nullptr, nullptr,
+                           output(narrow(of_directions, 0, static_cast<int64_t>(d), 1))},
+                          device.stream);
+  }
+  return reserve;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backward(
@@ -142,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
     Text cell, Tensor x, OptionalTensor h_0, OptionalTensor c_0, Tensors weight_ih, Tensors weight_hh,
     Tensors bias_ih, Tensors bias_hh, OptionalTensor batch_sizes, OptionalTensor lengths,
     OptionalTensor reset, Tensor output_seen, Tensor cells_seen, Tensor reserve_seen, bool need_x,
-    bool need_state, bool need_weight, bool need_bias) {
+    bool need_state, bool need_weight, bool need_bias, bool tf32) {
   Operands o = operands(cell.take(), x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh,
                         {batch_sizes, lengths, reset});
   const bool has_c = o.sizes.has_c;
@@ -156,11 +175,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
     cells = taken(x, "cells", cells_seen, o.output_sizes());
   }
   const Tensor out = taken(x, "output", output_seen, o.output_sizes());
-  const Tensor reserve = taken(x, "reserve", reserve_seen, o.reserve_sizes());
+  const bool recompute_gates = reserve_seen.dim() > 1 && reserve_seen.size(reserve_seen.dim() - 2) == 0;
+  Tensor reserve = taken(x, "reserve", reserve_seen, o.reserve_sizes(recompute_gates ? 0 : o.sizes.kept));
 
   const Device device(x);
   const DType dtype = dtype_of(x);
   const RnnShape s = o.empty() ? o.shape : o.shape_on(device);
+  const bool again = recompute_gates && o.sizes.kept > 0 && !o.empty();
+  Tensors before;
+  for (int d = 0; d < s.directions; ++d) {
+    before.push_back(empty_like_of(x, {need_weight || again ? s.rows : 0, hidden}));
+    if ((need_weight || again) && !o.empty())
+      rnn_states_before(dtype, s, d, input(o.h_0), input(out), output(before[d]), device.stream);
+  }
+  if (again) reserve = reserve_again(o, before, device);
   Tensor grad_h_0 = o.state(), grad_c_0 = has_c ? o.state() : nothing(x);
   Tensors grad_parts;
   for (int d = 0; d < s.directions; ++d)
@@ -169,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
     grad_h_0 = o.state_or_zeros(g_h);
     if (has_c) grad_c_0 = o.state_or_zeros(g_c);
   } else {
-    const RnnPlan plan = o.plan(false);
+    const RnnPlan plan = o.plan(tf32, false);
     const Tensor packed = o.weight_workspace(plan), carry_h = o.carry();
     const Tensor carry_c = has_c ? o.carry() : nothing(x);
     const Tensor exchange = o.exchange(plan), counters = o.counters(plan);
@@ -201,12 +229,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
           matmul(columns(grad_parts[d], 0, o.gate_rows()), o.weight_ih[d]), o.rows_of({rows.size(1)}));
       grad_x = d == 0 ? part : sum_of(grad_x, part);
     }
-    const Tensor before = empty_like_of(x, {need_weight ? s.rows : 0, hidden});
-    if (need_weight && !o.empty())
-      rnn_states_before(dtype, s, d, input(o.h_0), input(out), output(before), device.stream);
     const bool biased = need_bias && !o.bias_ih.empty();
-    const WeightGradients grad =
-        weight_gradients(o.sizes, hidden, grad_parts[d], rows, before, o.weight_hh[d], need_weight, biased);
+    const WeightGradients grad = weight_gradients(o.sizes, hidden, grad_parts[d], rows, before[d],
+                                                  o.weight_hh[d], need_weight, biased);
     if (need_weight) grad_weight_ih.push_back(grad.weight_ih), grad_weight_hh.push_back(grad.weight_hh);
     if (biased) grad_bias_ih.push_back(grad.bias_ih), grad_bias_hh.push_back(grad.bias_hh);
   }
@@ -214,16 +239,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> rnn_backw
   return {grad_x, grad_h_0, grad_c_0, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh};
 }
 
-// For trace(): how the forward or the backward of a layer would run on x's device. The schedule is a number
-// of RnnSchedule.
-std::tuple<int64_t, int64_t, bool> plan_of_layer(Text cell, Tensor x, int64_t batch, int64_t hidden_size,
-                                                 int64_t directions, bool forward) {
+// For trace(): how the forward or the backward of a layer would run on x's device. The schedule and the
+// products are numbers of RnnSchedule and RnnProducts.
+std::tuple<int64_t, int64_t, int64_t> plan_of_layer(Text cell, Tensor x, int64_t batch, int64_t hidden_size,
+                                                    int64_t directions, bool tf32, bool forward) {
   const Device device(x);
   RnnShape s{};
   s.batch = static_cast<int>(batch), s.hidden = static_cast<int>(hidden_size);
   s.directions = static_cast<int>(directions);
-  const RnnPlan plan = rnn_plan(cell_of(cell.take()), dtype_of(x), s, forward);
-  return {static_cast<int64_t>(plan.schedule), plan.blocks, plan.tensor_cores};
+  const RnnPlan plan = rnn_plan(cell_of(cell.take()), dtype_of(x), s, tf32, forward);
+  return {static_cast<int64_t>(plan.schedule), plan.blocks, static_cast<int64_t>(plan.products)};
 }
 
 // ---- cells ----
@@ -236,8 +261,8 @@ std::tuple<Tensor, Tensor> cell_forward(const CellOperands& o, const OptionalTen
   const OptionalTensor gates_h = o.h ? OptionalTensor(matmul(*o.h, transposed(o.weight_hh))) : std::nullopt;
   rnn_cell_step_forward(
       o.cell, dtype_of(o.x),
-      {static_cast<int>(o.batch), static_cast<int>(o.hidden), input(gates_x), input(gates_h),
-       input(o.bias_ih), input(o.bias_hh), input(o.h), input(o.c), output(h_1), output(c_1), output(reserve)},
+      {o.batch, static_cast<int>(o.hidden), input(gates_x), input(gates_h), input(o.bias_ih),
+       input(o.bias_hh), input(o.h), input(o.c), output(h_1), output(c_1), output(reserve)},
       device.stream);
   return {h_1, c_1};
 }
@@ -307,9 +332,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_cell_back
 
 STABLE_TORCH_LIBRARY_FRAGMENT(CNNRNN_OPERATORS, library) {
   library.def(
-      "rnn_plan(str cell, Tensor x, int batch, int hidden_size, int directions, bool forward) -> (int "
-      "schedule, "
-      "int blocks, bool tensor_cores)");
+      "rnn_plan(str cell, Tensor x, int batch, int hidden_size, int directions, bool tf32, bool forward) -> "
+      "(int schedule, int blocks, int products)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(CNNRNN_OPERATORS, CNNRNN_DISPATCH_KEY, library) {

@@ -81,11 +81,12 @@ struct Operands {
   const void* bias(const Tensors& biases, size_t direction) const {
     return direction < biases.size() ? input(biases[direction]) : nullptr;
   }
-  RnnPlan plan(bool forward) const { return rnn_plan(cell, dtype_of(x), shape, forward); }
+  RnnPlan plan(bool tf32, bool forward) const { return rnn_plan(cell, dtype_of(x), shape, tf32, forward); }
   // Workspace for the kernels of a plan; counters are zeros.
   Tensor weight_workspace(const RnnPlan& plan) const {
-    return plan.tensor_cores ? nothing(x)
-                             : empty_like_of(x, {shape.directions, shape.hidden, shape.hidden, sizes.gates});
+    return plan.tensor_cores()
+               ? nothing(x)
+               : empty_like_of(x, {shape.directions, shape.hidden, shape.hidden, sizes.gates});
   }
   Tensor exchange(const RnnPlan& plan) const {
     return empty_like_of(x, {static_cast<int64_t>(plan.exchange_bytes / sizeof(float))}, ScalarType::Float);
@@ -107,8 +108,9 @@ struct Operands {
   }
   std::vector<int64_t> state_sizes() const { return {shape.directions, shape.batch, shape.hidden}; }
   std::vector<int64_t> output_sizes() const { return rows_of({int64_t(shape.directions) * shape.hidden}); }
-  std::vector<int64_t> reserve_sizes() const {
-    std::vector<int64_t> of = rows_of({sizes.kept, shape.hidden});
+  // `kept`: values of a unit.
+  std::vector<int64_t> reserve_sizes(int64_t kept) const {
+    std::vector<int64_t> of = rows_of({kept, shape.hidden});
     of.insert(of.begin(), shape.directions);
     return of;
   }

@@ -35,6 +35,13 @@ bool resident_fits(RnnCell cell, DType dtype, int hidden, bool cluster) {
   });
 }
 
+template <bool kForward>
+bool resident_at_once(RnnCell cell, DType dtype, const RnnShape& s) {
+  return with_resident(cell, dtype, [&](auto unit, auto zero) {
+    return Resident<decltype(unit), decltype(zero), kClusterBlocks, kForward>::at_once(s);
+  });
+}
+
 template <bool kForward, typename Params>
 void run_resident(RnnCell cell, DType dtype, const RnnPlan& plan, const Params& p, void* stream) {
   with_resident(cell, dtype, [&](auto unit, auto zero) {
@@ -45,24 +52,43 @@ void run_resident(RnnCell cell, DType dtype, const RnnPlan& plan, const Params& 
   });
 }
 
-RnnPlan tensor_plan(RnnCell cell, DType dtype, const RnnShape& s, bool forward) {
+constexpr RnnPlan kAStep = {RnnSchedule::kStep, 1, RnnProducts::kFma, 0, 0};
+
+// On tensor cores, or a launch a step.
+RnnPlan tensor_plan(RnnCell cell, DType dtype, const RnnShape& s, RnnProducts products, bool forward) {
   const auto fits = [&](int blocks, bool grid) {
-    return (forward ? rnn_tensor_forward_fits : rnn_tensor_backward_fits)(cell, dtype, s, blocks, grid);
+    const auto ask = forward ? rnn_tensor_forward_fits : rnn_tensor_backward_fits;
+    return ask(cell, dtype, s, {products, blocks, grid});
+  };
+  const auto at_once = [&](int blocks) {
+    const auto ask = forward ? rnn_tensor_forward_at_once : rnn_tensor_backward_at_once;
+    return ask(cell, dtype, s, {products, blocks, false});
   };
   const int eights = ceil_div(s.hidden, 8);
+  const RnnPlan block = {RnnSchedule::kBlock, 1, products, 0, 0};
+  const bool block_fits = eights <= 16 && fits(1, false);
+  if (block_fits && eights <= 4) return block;
   // As few blocks as leave each with the units of 8 warps; only if need be with those of more.
   for (const int each : {4, 6})
-    for (int blocks = 1; blocks <= 16; blocks *= 2)
-      if (ceil_div(eights, blocks) <= each && fits(blocks, false))
-        return {blocks == 1 ? RnnSchedule::kBlock : RnnSchedule::kCluster, blocks, true, 0, 0};
+    for (int blocks = 2; blocks <= 16; blocks *= 2)
+      if (ceil_div(eights, blocks) <= each && fits(blocks, false)) {
+        // A cluster takes less time for a step, a block on its own fewer multiprocessors.
+        if (block_fits && !at_once(blocks)) return block;
+        return {RnnSchedule::kCluster, blocks, products, 0, 0};
+      }
+  if (block_fits) return block;
   for (int each = 4; each >= 1; --each) {
     const int blocks = ceil_div(eights, each);
     if (!fits(blocks, true)) continue;
     const size_t bytes =
         forward ? rnn_tensor_forward_exchange(dtype, s) : rnn_tensor_backward_exchange(s, blocks);
-    return {RnnSchedule::kGrid, blocks, true, bytes, ceil_div(s.batch, 16) * s.directions};
+    return {RnnSchedule::kGrid, blocks, products, bytes, ceil_div(s.batch, 16) * s.directions};
   }
-  return {RnnSchedule::kStep, 1, false, 0, 0};
+  return kAStep;
+}
+
+TensorGroup group_of(const RnnPlan& plan) {
+  return {plan.products, plan.blocks, plan.schedule == RnnSchedule::kGrid};
 }
 
 }  // namespace
@@ -73,17 +99,31 @@ RnnSizes rnn_sizes(RnnCell cell) {
   });
 }
 
-RnnPlan rnn_plan(RnnCell cell, DType dtype, const RnnShape& s, bool forward) {
-  if (dtype == DType::kHalf || dtype == DType::kBFloat16) return tensor_plan(cell, dtype, s, forward);
+RnnPlan rnn_plan(RnnCell cell, DType dtype, const RnnShape& s, bool tf32, bool forward) {
+  const auto on_tensor_cores = [&](RnnProducts products) {
+    return tensor_plan(cell, dtype, s, products, forward);
+  };
+  if (dtype == DType::kHalf || dtype == DType::kBFloat16) return on_tensor_cores(RnnProducts::kHalves);
+  if (dtype == DType::kFloat && tf32) {
+    const RnnPlan plan = on_tensor_cores(RnnProducts::kTf32);
+    if (plan.tensor_cores()) return plan;
+  }
   const auto fits = forward ? resident_fits<true> : resident_fits<false>;
-  if (fits(cell, dtype, s.hidden, false)) return {RnnSchedule::kBlock, 1, false, 0, 0};
-  if (fits(cell, dtype, s.hidden, true)) return {RnnSchedule::kCluster, kClusterBlocks, false, 0, 0};
-  return {RnnSchedule::kStep, 1, false, 0, 0};
+  if (fits(cell, dtype, s.hidden, false)) return {RnnSchedule::kBlock, 1, RnnProducts::kFma, 0, 0};
+  const RnnPlan cluster = {RnnSchedule::kCluster, kClusterBlocks, RnnProducts::kFma, 0, 0};
+  const bool cluster_fits = fits(cell, dtype, s.hidden, true);
+  // Its tiles have 4 rows. Once they are more than the device holds, those of 16 rows are ahead.
+  if (cluster_fits && (forward ? resident_at_once<true> : resident_at_once<false>)(cell, dtype, s))
+    return cluster;
+  if (dtype == DType::kFloat) {
+    const RnnPlan plan = on_tensor_cores(RnnProducts::kThreeTf32);
+    if (plan.tensor_cores()) return plan;
+  }
+  return cluster_fits ? cluster : kAStep;
 }
 
 void rnn_layer_forward(RnnCell cell, DType dtype, const RnnPlan& plan, const RnnForward& p, void* stream) {
-  if (plan.tensor_cores)
-    return rnn_tensor_forward_layer(cell, dtype, p, plan.blocks, plan.schedule == RnnSchedule::kGrid, stream);
+  if (plan.tensor_cores()) return rnn_tensor_forward_layer(cell, dtype, p, group_of(plan), stream);
   if (plan.schedule != RnnSchedule::kStep) return run_resident<true>(cell, dtype, plan, p, stream);
   with_cell_and_type(cell, dtype, [&](auto unit, auto zero) {
     using Cell = decltype(unit);
@@ -93,9 +133,7 @@ void rnn_layer_forward(RnnCell cell, DType dtype, const RnnPlan& plan, const Rnn
 }
 
 void rnn_layer_backward(RnnCell cell, DType dtype, const RnnPlan& plan, const RnnBackward& p, void* stream) {
-  if (plan.tensor_cores)
-    return rnn_tensor_backward_layer(cell, dtype, p, plan.blocks, plan.schedule == RnnSchedule::kGrid,
-                                     stream);
+  if (plan.tensor_cores()) return rnn_tensor_backward_layer(cell, dtype, p, group_of(plan), stream);
   if (plan.schedule != RnnSchedule::kStep) return run_resident<false>(cell, dtype, plan, p, stream);
   with_cell_and_type(cell, dtype, [&](auto unit, auto zero) {
     using Cell = decltype(unit);

@@ -232,12 +232,18 @@ struct Resident {
     if (Share(hidden, kBlocks).units > kMaxUnits<kBlocks> || shared > shared_memory_limit()) return false;
     return kBlocks == 1 || clusters_fit(kernel(), kBlocks, threads(hidden), shared);
   }
+  static dim3 grid(const RnnShape& s) {
+    return dim3(grid_size(int64_t(ceil_div(s.batch, kGroupRows)) * kBlocks), s.directions);
+  }
+  static bool at_once(const RnnShape& s) {
+    const dim3 all = grid(s);
+    return all.x * all.y <= blocks_at_once(kernel(), threads(s.hidden), shared_bytes(s.hidden));
+  }
   template <typename Params>
   static void run(const Params& p, void* stream) {
     const RnnShape& s = p.shape;
     pack_weights<T, Cell::kGates, kForward>(s, p.weight_hh, p.packed, stream);
-    const dim3 grid(ceil_div(s.batch, kGroupRows) * kBlocks, s.directions);
-    launch_clusters(kernel(), grid, kBlocks, threads(s.hidden), shared_bytes(s.hidden), stream, p);
+    launch_clusters(kernel(), grid(s), kBlocks, threads(s.hidden), shared_bytes(s.hidden), stream, p);
   }
 };
 

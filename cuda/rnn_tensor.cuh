@@ -7,9 +7,10 @@
 //   a cluster           the others' shared memory, by pushes that their barriers count (sm_90)
 //   blocks of the grid  global memory and a flag, in a cooperative launch
 //
-// Units come by 8, as columns of a 16 x 8 product, and each block has a balanced share of them. Two warps
-// share 8 units in all their gates: each sums half of the reduction, then they exchange half of their sums,
-// and each goes on with 8 of the 16 rows. A lane has two neighbouring units of one row.
+// Units come by 8, as columns of a 16 x 8 product, and each block has a balanced share of these eights. Two
+// warps share an eight in all its gates: each sums half of the reduction, then they exchange half of their
+// sums, and each goes on with 8 of the 16 rows. A lane has two neighbouring units of one row. A block on its
+// own may have more eights than pairs of warps: then a pair takes up to four, one after the other.
 //
 // The reduction is cut into slices of 64 bytes. Its order within a slice is free as long as both operands
 // have the same one: lane q of four takes the q-th 16 bytes of a row, the registers of two products, in one
@@ -36,8 +37,16 @@ template <>
 struct Stored<Tf32> {
   using type = float;
 };
+// Of floats whose products are made as exactly as floats have them, in three products of TF32.
+struct WholeFloat {};
+template <>
+struct Stored<WholeFloat> {
+  using type = float;
+};
 template <typename E>
 using StoredAs = typename Stored<E>::type;
+template <typename E>
+constexpr bool kIsWhole = std::is_same_v<E, WholeFloat>;
 
 template <typename E>
 constexpr int kSliceUnits = kSliceBytes / sizeof(StoredAs<E>);
@@ -70,29 +79,47 @@ struct UnitCut {
 // Bytes from row to row of a shared operand of so many slices: its 16-byte loads meet no bank twice.
 __host__ __device__ __forceinline__ int row_bytes(int slices) { return (slices | 1) * kSliceBytes; }
 
-// Where a lane stands.
+// Which of the kernels a launch takes: the most warps of a block, the eights of a pair of them, and whether
+// the groups are of the grid.
+template <int kMostWarps, int kEightsOfPair, bool kOfGrid>
+struct TensorVariant {
+  static constexpr int kWarps = kMostWarps, kEights = kEightsOfPair;
+  static constexpr bool kGrid = kOfGrid;
+  // Warps of a block that has so many eights.
+  static __host__ __device__ int warps(int eights) {
+    return kEights == 1 || 2 * eights < kWarps ? 2 * eights : kWarps;
+  }
+};
+
+// Where a lane stands. Of what a pair has, `e` says which: eight number e, or the lane's part of it.
 struct TensorPlace {
   int lane, g, q, warp, pair, half;
   int block, tile, direction, group;  // group: of all groups of the grid
-  int first;                          // unit of the pair; beyond the layer if the block has fewer
-  int unit, local_row, row;           // of the lane's two units the first, and its row
-  bool has_units;
-  __device__ TensorPlace(const RnnShape& s, const UnitCut& cut) {
+  int local_row, row;                 // of the lane's units
+  __device__ TensorPlace(const UnitCut& cut)
+      : own_(cut.count(block_of(cut))), first_(cut.first(block_of(cut))) {
     lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     warp = threadIdx.x / 32, pair = warp / 2, half = warp % 2;
-    block = static_cast<int>(blockIdx.x) % cut.blocks, tile = static_cast<int>(blockIdx.x) / cut.blocks;
+    block = block_of(cut), tile = static_cast<int>(blockIdx.x) / cut.blocks;
     direction = blockIdx.y;
     group = direction * (static_cast<int>(gridDim.x) / cut.blocks) + tile;
-    has_units = pair < cut.count(block);
-    first = (cut.first(block) + pair) * kGroupUnits;
-    unit = first + 2 * q;
     local_row = g + 8 * half;
     row = tile * kTileRows + local_row;
   }
-  // Whether unit `unit + u` of the lane's row exists.
-  __device__ bool owns(const RnnShape& s, int u) const {
-    return has_units && unit + u < s.hidden && row < s.batch;
+  __device__ int eight(int e) const {
+    return pair + e * static_cast<int>(blockDim.x / 64);
+  }  // of the block's
+  __device__ bool has(int e) const { return eight(e) < own_; }
+  __device__ int first(int e) const { return (first_ + eight(e)) * kGroupUnits; }  // its first unit
+  __device__ int unit(int e) const { return first(e) + 2 * q; }  // the first of the lane's two
+  // Whether unit `unit(e) + u` of the lane's row exists.
+  __device__ bool owns(const RnnShape& s, int e, int u) const {
+    return has(e) && unit(e) + u < s.hidden && row < s.batch;
   }
+
+ private:
+  int own_, first_;
+  static __device__ int block_of(const UnitCut& cut) { return static_cast<int>(blockIdx.x) % cut.blocks; }
 };
 
 // The steps in which some row of a tile runs.
@@ -118,6 +145,37 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[kTiles][4], const un
     const Words4 w = weights(i);
     mma<E>(acc[i], low.v[0], high.v[0], low.v[1], high.v[1], w.v[0], w.v[1]);
     mma<E>(acc[i], low.v[2], high.v[2], low.v[3], high.v[3], w.v[2], w.v[3]);
+  }
+}
+
+// The same for floats that are no TF32 numbers.
+template <int kTiles, typename Weights>
+__device__ __forceinline__ void multiply_whole_slice(float (&acc)[kTiles][4], const unsigned char* rows,
+                                                     int stride, int slice, int g, int q, int tiles,
+                                                     const Weights& weights) {
+  const unsigned char* at = rows + g * stride + slice * kSliceBytes + q * kWordBytes;
+  const Words4 words[2] = {*pack_at<const Words4>(at), *pack_at<const Words4>(at + 8 * stride)};
+  FloatParts a[2][4];  // of row g and of row g + 8
+#pragma unroll
+  for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = float_parts(words[i / 4].v[i % 4]);
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    if (i >= tiles) continue;
+    const Words4 w = weights(i);
+    float sum[4] = {};  // tensor cores cut off where they add: only a few products are added there
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      const FloatParts b0 = float_parts(not_ahead(w.v[k])), b1 = float_parts(not_ahead(w.v[k + 1]));
+      const auto add = [&](uint32_t FloatParts::* of_a, uint32_t FloatParts::* of_b) {
+        mma<Tf32>(sum, a[0][k].*of_a, a[1][k].*of_a, a[0][k + 1].*of_a, a[1][k + 1].*of_a, b0.*of_b,
+                  b1.*of_b);
+      };
+      add(&FloatParts::low, &FloatParts::high);
+      add(&FloatParts::high, &FloatParts::low);
+      add(&FloatParts::high, &FloatParts::high);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) acc[i][j] += sum[j];
   }
 }
 
@@ -158,15 +216,17 @@ struct WarpWeights {
   // rows: the operand from the warp's first slice on.
   __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const unsigned char* rows, int stride,
                                            int g, int q) const {
+    const auto add = [&](int slice, const auto& of_slice) {
+      if constexpr (kIsWhole<E>)
+        multiply_whole_slice<kTiles>(acc, rows, stride, slice, g, q, tiles, of_slice);
+      else
+        multiply_slice<E, kTiles>(acc, rows, stride, slice, g, q, tiles, of_slice);
+    };
 #pragma unroll
     for (int slice = 0; slice < kKept; ++slice)
-      if (slice < count)
-        multiply_slice<E, kTiles>(acc, rows, stride, slice, g, q, tiles,
-                                  [&](int i) { return kept[slice][i]; });
+      if (slice < count) add(slice, [&](int i) { return kept[slice][i]; });
     for (int slice = kKept; slice < count; ++slice)
-      multiply_slice<E, kTiles>(acc, rows, stride, slice, g, q, tiles, [&](int i) {
-        return *pack_at<const Words4>(&rest[((slice - kKept) * kTiles + i) * 32]);
-      });
+      add(slice, [&](int i) { return *pack_at<const Words4>(&rest[((slice - kKept) * kTiles + i) * 32]); });
   }
 };
 

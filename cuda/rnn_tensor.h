@@ -7,15 +7,27 @@
 
 namespace cnnrnn::cuda {
 
-// Whether the current device can run groups of so many blocks: of the grid all at once, else as clusters.
-bool rnn_tensor_forward_fits(RnnCell, DType, const RnnShape&, int blocks, bool grid);
-bool rnn_tensor_backward_fits(RnnCell, DType, const RnnShape&, int blocks, bool grid);
+// How a group of blocks is to run. `grid`: its groups are of the grid and run all at once, else it is a block
+// or a cluster.
+struct TensorGroup {
+  RnnProducts products;
+  int blocks;
+  bool grid;
+};
+
+// Whether the current device can run such groups.
+bool rnn_tensor_forward_fits(RnnCell, DType, const RnnShape&, const TensorGroup&);
+bool rnn_tensor_backward_fits(RnnCell, DType, const RnnShape&, const TensorGroup&);
+
+// Whether all blocks of the layer would run at once.
+bool rnn_tensor_forward_at_once(RnnCell, DType, const RnnShape&, const TensorGroup&);
+bool rnn_tensor_backward_at_once(RnnCell, DType, const RnnShape&, const TensorGroup&);
 
 // Bytes that groups of the grid hand over in.
 size_t rnn_tensor_forward_exchange(DType, const RnnShape&);
 size_t rnn_tensor_backward_exchange(const RnnShape&, int blocks);
 
-void rnn_tensor_forward_layer(RnnCell, DType, const RnnForward&, int blocks, bool grid, void* stream);
-void rnn_tensor_backward_layer(RnnCell, DType, const RnnBackward&, int blocks, bool grid, void* stream);
+void rnn_tensor_forward_layer(RnnCell, DType, const RnnForward&, const TensorGroup&, void* stream);
+void rnn_tensor_backward_layer(RnnCell, DType, const RnnBackward&, const TensorGroup&, void* stream);
 
 }  // namespace cnnrnn::cuda

@@ -8,47 +8,52 @@
 namespace cnnrnn::cuda {
 namespace {
 
-constexpr int kBackwardTiles = 8;  // columns of 8 units that a warp makes at a time
+// Columns of 8 units that a warp makes at a time.
+template <typename Variant>
+constexpr int kBackwardTiles = Variant::kEights > 1 ? 2 : 8;
+
+// Slices of its first tiles' weights that a warp keeps in registers.
+template <typename E, typename Variant>
+constexpr int kKeptBackward = Variant::kEights > 1  ? (sizeof(StoredAs<E>) == 4 ? 14 : 8)
+                              : Variant::kWarps > 8 ? 1
+                              : Variant::kGrid      ? 3
+                                                    : 4;
 
 // Where things stand in a block's shared memory, bytes.
+template <typename Cell, typename E, typename Variant>
 struct BackwardMemory {
+  static constexpr int kKept = kKeptBackward<E, Variant>, kTiles = kBackwardTiles<Variant>;
   int slices, stride;              // of the gates' gradients: gate * block_units + unit
-  int block_units, warps, chunks;  // chunks of kBackwardTiles per warp
+  int block_units, warps, chunks;  // chunks of kTiles per warp
   int d, parts, targets, weights, bytes;
-  __host__ __device__ BackwardMemory(const UnitCut& cut, int slice_units, int gates, int kept, bool grid)
-      : block_units(cut.most() * kGroupUnits), warps(2 * cut.most()) {
-    slices = ceil_div(gates * block_units, slice_units);
+  __host__ __device__ BackwardMemory(const UnitCut& cut)
+      : block_units(cut.most() * kGroupUnits), warps(Variant::warps(cut.most())) {
+    slices = ceil_div(Cell::kGates * block_units, kSliceUnits<E>);
     stride = row_bytes(slices);
-    chunks = ceil_div(cut.total, warps * kBackwardTiles);
+    chunks = ceil_div(cut.total, warps * kTiles);
     d = 2 * sizeof(Arrivals);            // [2][16 rows]
-    parts = d + 2 * kTileRows * stride;  // [2][block that made it][pair][lane] of 16 bytes
-    targets = parts + (grid ? 0 : 2 * cut.blocks * cut.most() * 32 * kWordBytes);
-    weights = targets + warps * kBackwardTiles * int(sizeof(int));  // [warp][tile]
-    bytes = weights + warps * per_warp(kept) * kWordBytes;
+    parts = d + 2 * kTileRows * stride;  // [2][block that made it][eight][lane] of 16 bytes
+    targets = parts + (Variant::kGrid ? 0 : 2 * cut.blocks * cut.most() * 32 * kWordBytes);
+    weights = targets + ceil_div(warps * kTiles * int(sizeof(int)), kWordBytes) * kWordBytes;  // [warp][tile]
+    bytes = weights + warps * per_warp() * kWordBytes;
   }
   // Words of a warp: its chunks one after the other, the first without the slices in registers.
-  __host__ __device__ int first_chunk(int kept) const {
-    return (slices > kept ? slices - kept : 0) * kBackwardTiles * 32;
-  }
-  __host__ __device__ int chunk() const { return slices * kBackwardTiles * 32; }
-  __host__ __device__ int per_warp(int kept) const { return first_chunk(kept) + (chunks - 1) * chunk(); }
+  __host__ __device__ int first_chunk() const { return (slices > kKept ? slices - kKept : 0) * kTiles * 32; }
+  __host__ __device__ int chunk() const { return slices * kTiles * 32; }
+  __host__ __device__ int per_warp() const { return first_chunk() + (chunks - 1) * chunk(); }
 };
 
-// Slices of its first chunk's weights that a warp keeps in registers.
-template <int kWarps, bool kGrid>
-constexpr int kKeptBackward = kWarps > 8 ? 1
-                              : kGrid    ? 3
-                                         : 4;
-
-template <typename Cell, typename E, int kWarps, bool kGrid>
-__global__ void __launch_bounds__(kWarps * 32, 1)
+template <typename Cell, typename E, typename Variant>
+__global__ void __launch_bounds__(Variant::kWarps * 32, 1)
     rnn_tensor_backward(RnnBackward p, UnitCut cut, GridExchange exchange) {
   using T = StoredAs<E>;
-  constexpr int kKept = kKeptBackward<kWarps, kGrid>, kGates = Cell::kGates;
+  using Memory = BackwardMemory<Cell, E, Variant>;
+  constexpr int kTiles = Memory::kTiles, kGates = Cell::kGates, kEights = Variant::kEights;
+  constexpr bool kGrid = Variant::kGrid;
   const RnnShape s = p.shape;
-  const TensorPlace place(s, cut);
+  const TensorPlace place(cut);
   const TileSteps steps(s, place.tile, place.direction);
-  const BackwardMemory memory(cut, kSliceUnits<E>, kGates, kKept, kGrid);
+  const Memory memory(cut);
   const int direction = place.direction, row = place.row, stride = memory.stride;
   const int first_unit = cut.first(place.block) * kGroupUnits, units = memory.block_units;
 
@@ -60,8 +65,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   // Weights of the eights that this warp makes: warp, warp + warps, ...
   const T* weight = static_cast<const T*>(p.weight_hh[direction]);
   const auto load_chunk = [&](auto& into, Words4* memory_of, int chunk) {
-    const int first = chunk * kBackwardTiles * memory.warps + place.warp;
-    const int tiles = min(kBackwardTiles, max(0, ceil_div(cut.total - first, memory.warps)));
+    const int first = chunk * kTiles * memory.warps + place.warp;
+    const int tiles = min(kTiles, max(0, ceil_div(cut.total - first, memory.warps)));
     into.load(memory_of, memory.slices, tiles, [&](int slice, int tile) {
       const int column = slice * kSliceUnits<E> + place.q * kWordUnits<E>;  // these are of one gate
       const int gate = column / units, own = column % units, unit = first_unit + own;
@@ -71,11 +76,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
                             gate < kGates && k < s.hidden ? own_units - own : 0);
     });
   };
-  Words4* own_weights = pack_at<Words4>(shared + memory.weights) + place.warp * memory.per_warp(kKept);
-  WarpWeights<E, kBackwardTiles, kKept> weights;
+  Words4* own_weights = pack_at<Words4>(shared + memory.weights) + place.warp * memory.per_warp();
+  WarpWeights<E, kTiles, Memory::kKept> weights;
   load_chunk(weights, own_weights, 0);
-  own_weights += memory.first_chunk(kKept);
-  WarpWeights<E, kBackwardTiles, 0> more_weights;
+  own_weights += memory.first_chunk();
+  WarpWeights<E, kTiles, 0> more_weights;
   for (int chunk = 1; chunk < memory.chunks; ++chunk)
     load_chunk(more_weights, own_weights + (chunk - 1) * memory.chunk(), chunk);
 
@@ -88,11 +93,13 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       arrivals_expect(&barriers[b], bytes);
     }
 
-  State<float> grad[2] = {};
+  State<float> grad[kEights][2] = {};
 #pragma unroll
-  for (int u = 0; u < 2; ++u)
-    if (place.owns(s, u))
-      grad[u] = load_state<Cell, float, T>(s, p.grad_h_n, p.grad_c_n, direction, row, place.unit + u);
+  for (int e = 0; e < kEights; ++e)
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+      if (place.owns(s, e, u))
+        grad[e][u] = load_state<Cell, float, T>(s, p.grad_h_n, p.grad_c_n, direction, row, place.unit(e) + u);
   if (!kGrid && cut.blocks > 1)
     cluster_barrier();  // every block's barriers are there
   else
@@ -109,33 +116,36 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       grid_group_barrier(&exchange.arrived[place.group], cut.blocks, n);
     } else if (cut.blocks == 1) {
       block_barrier();  // the parts are complete
-    } else if (place.has_units) {
+    } else if (place.has(0)) {
       arrivals_wait(&barriers[n % 2], parity_of(n));
       if (threadIdx.x == 0 && n + 2 <= steps.count) arrivals_expect(&barriers[n % 2], bytes);
     }
-    if (!place.has_units) return;
-    for (int block = 0; block < cut.blocks; ++block) {
-      Pack<float, 2> part;
-      if constexpr (kGrid) {
-        const auto* from = grid_parts(n, place.first / kGroupUnits) + block * 32 + place.lane;
-        part = load_shared_by_grid(reinterpret_cast<const Pack<float, 2>*>(from) + place.half);
-      } else {
-        const auto* from =
-            parts + (((n % 2) * cut.blocks + block) * cut.most() + place.pair) * 32 + place.lane;
-        part = reinterpret_cast<const Pack<float, 2>*>(from)[place.half];
+#pragma unroll
+    for (int e = 0; e < kEights; ++e) {
+      if (!place.has(e)) continue;
+      for (int block = 0; block < cut.blocks; ++block) {
+        Pack<float, 2> part;
+        if constexpr (kGrid) {
+          const auto* from = grid_parts(n, place.first(e) / kGroupUnits) + block * 32 + place.lane;
+          part = load_shared_by_grid(reinterpret_cast<const Pack<float, 2>*>(from) + place.half);
+        } else {
+          const auto* from =
+              parts + (((n % 2) * cut.blocks + block) * cut.most() + place.eight(e)) * 32 + place.lane;
+          part = reinterpret_cast<const Pack<float, 2>*>(from)[place.half];
+        }
+        grad[e][0].h += part.v[0];
+        grad[e][1].h += part.v[1];
       }
-      grad[0].h += part.v[0];
-      grad[1].h += part.v[1];
     }
   };
   // Outside the grid a warp has one chunk. Where its parts go: the owner's word of lane 0, * 32 + owner.
-  int* targets = pack_at<int>(shared + memory.targets) + place.warp * kBackwardTiles;
-  if (!kGrid && place.lane < kBackwardTiles) {
+  int* targets = pack_at<int>(shared + memory.targets) + place.warp * kTiles;
+  if (!kGrid && place.lane < kTiles) {
     const int eight = min(place.lane * memory.warps + place.warp, cut.total - 1), owner = cut.owner(eight);
     targets[place.lane] = (place.block * cut.most() + eight - cut.first(owner)) * 32 * 32 + owner;
   }
   const auto hand_over = [&](int n, int chunk, int tile, const float (&acc)[4]) {
-    const int eight = (chunk * kBackwardTiles + tile) * memory.warps + place.warp;
+    const int eight = (chunk * kTiles + tile) * memory.warps + place.warp;
     const Words4 words = bits_as<Words4>(Pack<float, 4>{{acc[0], acc[1], acc[2], acc[3]}});
     if constexpr (kGrid) {
       grid_parts(n, eight)[place.block * 32 + place.lane] = words;
@@ -152,52 +162,62 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const int step = steps.begin + steps.count - 1 - n;
     const Moment now = row < s.batch ? Moment(s, direction, step, row) : Moment();
     StepMade<Cell, float> made[2];
+    const auto load_made = [&](int e) {
 #pragma unroll
-    for (int u = 0; u < 2; ++u)
-      if (now.runs && place.owns(s, u))
-        made[u] = load_step<Cell, float, T>(p, now, direction, row, place.unit + u);
+      for (int u = 0; u < 2; ++u)
+        if (now.runs && place.owns(s, e, u))
+          made[u] = load_step<Cell, float, T>(p, now, direction, row, place.unit(e) + u);
+    };
+    load_made(0);
     if (n > 0) add_parts(n);
 
     unsigned char* d_now = d_rows + (n % 2) * kTileRows * stride;
-    Values<float, kGates> gates[2] = {};
 #pragma unroll
-    for (int u = 0; u < 2; ++u)
-      if (now.runs && place.owns(s, u)) {
-        Values<float, Cell::kParts> d;
-        grad[u] = step_gradients<Cell, float, T>(p, now, made[u], direction, place.unit + u, grad[u], d);
-        if (!now.cut) gates[u] = state_gates<Cell>(d);
-      }
-    if (place.has_units)
+    for (int e = 0; e < kEights; ++e) {
+      if (!place.has(e)) continue;
+      if (e > 0) load_made(e);
+      Values<float, kGates> gates[2] = {};
+#pragma unroll
+      for (int u = 0; u < 2; ++u)
+        if (now.runs && place.owns(s, e, u)) {
+          Values<float, Cell::kParts> d;
+          grad[e][u] =
+              step_gradients<Cell, float, T>(p, now, made[u], direction, place.unit(e) + u, grad[e][u], d);
+          if (!now.cut) gates[u] = state_gates<Cell>(d);
+        }
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) {
-        const int column = gate * units + place.pair * kGroupUnits + 2 * place.q;
+        const int column = gate * units + place.eight(e) * kGroupUnits + 2 * place.q;
         *pack_at<Pack<T, 2>>(d_now + place.local_row * stride + column * int(sizeof(T))) = {
             {round_to<E>(gates[0].v[gate]), round_to<E>(gates[1].v[gate])}};
       }
+    }
     block_barrier();  // the gates' gradients are complete
 
     for (int chunk = 0; chunk < memory.chunks; ++chunk) {
-      float acc[kBackwardTiles][4] = {};
+      float acc[kTiles][4] = {};
       int tiles = weights.tiles;
       if (chunk == 0) {
         weights.multiply(acc, d_now, stride, place.g, place.q);
       } else {
-        WarpWeights<E, kBackwardTiles, 0> later = more_weights;
+        WarpWeights<E, kTiles, 0> later = more_weights;
         later.rest = own_weights + (chunk - 1) * memory.chunk() + place.lane;
-        if (chunk + 1 < memory.chunks) later.tiles = kBackwardTiles;
+        if (chunk + 1 < memory.chunks) later.tiles = kTiles;
         later.multiply(acc, d_now, stride, place.g, place.q);
         tiles = later.tiles;
       }
 #pragma unroll
-      for (int tile = 0; tile < kBackwardTiles; ++tile)
+      for (int tile = 0; tile < kTiles; ++tile)
         if (tile < tiles) hand_over(n + 1, chunk, tile, acc[tile]);
     }
   }
   if (steps.count > 0) add_parts(steps.count);
 #pragma unroll
-  for (int u = 0; u < 2; ++u)
-    if (place.owns(s, u))
-      store_state<Cell, T>(s, grad[u], p.grad_h_0, p.grad_c_0, direction, row, place.unit + u);
+  for (int e = 0; e < kEights; ++e)
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+      if (place.owns(s, e, u))
+        store_state<Cell, T>(s, grad[e][u], p.grad_h_0, p.grad_c_0, direction, row, place.unit(e) + u);
 }
 
 }  // namespace

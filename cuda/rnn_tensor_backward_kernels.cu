@@ -9,19 +9,23 @@ namespace {
 struct TensorBackward {
   using Params = RnnBackward;
 
-  template <typename Cell, typename E, int kWarps, bool kGrid>
+  template <typename Cell, typename E, typename Variant>
   struct Launch {
-    static auto kernel() { return rnn_tensor_backward<Cell, E, kWarps, kGrid>; }
+    static auto kernel() { return rnn_tensor_backward<Cell, E, Variant>; }
     static size_t shared_bytes(const RnnShape&, const UnitCut& cut) {
-      return BackwardMemory(cut, kSliceUnits<E>, Cell::kGates, kKeptBackward<kWarps, kGrid>, kGrid).bytes;
+      return BackwardMemory<Cell, E, Variant>(cut).bytes;
     }
   };
 };
 
 }  // namespace
 
-bool rnn_tensor_backward_fits(RnnCell cell, DType dtype, const RnnShape& s, int blocks, bool grid) {
-  return tensor_fits<TensorBackward>(cell, dtype, s, blocks, grid);
+bool rnn_tensor_backward_fits(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
+  return tensor_fits<TensorBackward>(cell, dtype, s, group);
+}
+
+bool rnn_tensor_backward_at_once(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
+  return tensor_at_once<TensorBackward>(cell, dtype, s, group);
 }
 
 size_t rnn_tensor_backward_exchange(const RnnShape& s, int blocks) {
@@ -29,9 +33,9 @@ size_t rnn_tensor_backward_exchange(const RnnShape& s, int blocks) {
   return 2 * groups * ceil_div(s.hidden, kGroupUnits) * blocks * 32 * kWordBytes;
 }
 
-void rnn_tensor_backward_layer(RnnCell cell, DType dtype, const RnnBackward& p, int blocks, bool grid,
+void rnn_tensor_backward_layer(RnnCell cell, DType dtype, const RnnBackward& p, const TensorGroup& group,
                                void* stream) {
-  tensor_launch<TensorBackward>(cell, dtype, p, blocks, grid, p.exchange, p.counters, stream);
+  tensor_launch<TensorBackward>(cell, dtype, p, group, stream);
 }
 
 }  // namespace cnnrnn::cuda

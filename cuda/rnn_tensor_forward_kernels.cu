@@ -9,21 +9,23 @@ namespace {
 struct TensorForward {
   using Params = RnnForward;
 
-  template <typename Cell, typename E, int kWarps, bool kGrid>
+  template <typename Cell, typename E, typename Variant>
   struct Launch {
-    static auto kernel() { return rnn_tensor_forward<Cell, E, kWarps, kGrid>; }
+    static auto kernel() { return rnn_tensor_forward<Cell, E, Variant>; }
     static size_t shared_bytes(const RnnShape& s, const UnitCut& cut) {
-      return ForwardMemory(s.hidden, kSliceUnits<E>, Cell::kGates, kKeptForward<Cell, kWarps>, cut.most(),
-                           kGrid)
-          .bytes;
+      return ForwardMemory<Cell, E, Variant>(s.hidden, cut.most()).bytes;
     }
   };
 };
 
 }  // namespace
 
-bool rnn_tensor_forward_fits(RnnCell cell, DType dtype, const RnnShape& s, int blocks, bool grid) {
-  return tensor_fits<TensorForward>(cell, dtype, s, blocks, grid);
+bool rnn_tensor_forward_fits(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
+  return tensor_fits<TensorForward>(cell, dtype, s, group);
+}
+
+bool rnn_tensor_forward_at_once(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
+  return tensor_at_once<TensorForward>(cell, dtype, s, group);
 }
 
 size_t rnn_tensor_forward_exchange(DType dtype, const RnnShape& s) {
@@ -32,9 +34,9 @@ size_t rnn_tensor_forward_exchange(DType dtype, const RnnShape& s) {
   return 2 * groups * kTileRows * ceil_div(s.hidden, kGroupUnits) * kGroupUnits * element;
 }
 
-void rnn_tensor_forward_layer(RnnCell cell, DType dtype, const RnnForward& p, int blocks, bool grid,
+void rnn_tensor_forward_layer(RnnCell cell, DType dtype, const RnnForward& p, const TensorGroup& group,
                               void* stream) {
-  tensor_launch<TensorForward>(cell, dtype, p, blocks, grid, p.exchange, p.counters, stream);
+  tensor_launch<TensorForward>(cell, dtype, p, group, stream);
 }
 
 }  // namespace cnnrnn::cuda

@@ -95,6 +95,19 @@ def emulated(emulation):
 
 
 @pytest.fixture
+def on_gpu():
+    """The CUDA operators, where a GPU is visible."""
+    from cnnrnn_ext import _library
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU is visible to torch")
+    library = _library.libraries()["cuda"]
+    if not library.loaded:
+        pytest.skip(f"no CUDA library: {library.reason}")
+    return torch.ops.cnnrnn_ext
+
+
+@pytest.fixture
 def fresh_graphs():
     """torch.compile as a new process has it, before the test and behind it."""
     torch.compiler.reset()

@@ -60,10 +60,38 @@ ptxas info    : Used 255 registers, used 1 barriers, 8192 bytes smem
 """
 
 
-def test_spills_are_read_from_the_compilers_report():
-    if shutil.which("c++filt") is None:
-        pytest.skip("c++filt not found")
+PTX = """.visible .entry _ZN12_GLOBAL__N_16kernelIfLi4EEEvPT_(
+	.param .u64 p
+)
+.maxntid 256, 1, 1
+.minnctapersm 1
+{
+}
+.visible .entry other(
+)
+{
+	.loc 1 .maxntid 7
+}
+"""
+
+
+@pytest.fixture
+def resources():
     specification = importlib.util.spec_from_file_location("resources", ROOT / "cuda" / "resources.py")
     resources = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(resources)
+    return resources
+
+
+def test_spills_are_read_from_the_compilers_report(resources):
+    if shutil.which("c++filt") is None:
+        pytest.skip("c++filt not found")
     assert resources.parse(PTXAS) == [("kernel<float, 4>", 255, 24, 8192)]
+
+
+def test_occupancy_follows_from_registers_and_launch_bounds(resources):
+    assert resources.most_threads(PTX) == {"_ZN12_GLOBAL__N_16kernelIfLi4EEEvPT_": 256, "other": 1024}
+    assert resources.blocks_held(255, 256) == 1
+    assert resources.blocks_held(127, 128) == 4
+    assert resources.blocks_held(128, 256) == 2
+    assert resources.blocks_held(16, 128) == 16  # by its threads

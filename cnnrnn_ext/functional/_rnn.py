@@ -7,7 +7,7 @@ from cnnrnn_ext._checks import check_choice, check_tensor
 from cnnrnn_ext._checks_rnn import check_sequence
 from cnnrnn_ext.functional._common import autocast_dtype, beyond_autocast, cast, needs_grad, runs_in_float32
 from cnnrnn_ext.functional._narrow import narrow_entry, narrow_note, narrow_uncovered, widened
-from cnnrnn_ext.functional._schedule import schedule_note
+from cnnrnn_ext.functional._schedule import schedule_note, tf32_allowed
 from cnnrnn_ext.reference._cells import CELLS, NONLINEARITIES
 from cnnrnn_ext.reference._rnn import (
     Options,
@@ -39,6 +39,7 @@ def lstm(
     zoneout=0.0,
     recurrent_dropout=0.0,
     layer_norm=None,
+    recompute_gates=False,
 ):
     """A stack of LSTM layers over a sequence, as ``nn.LSTM`` computes it.
 
@@ -71,6 +72,10 @@ def lstm(
         layer_norm: None, or a flat list: for each layer and direction the weight and bias of layer
             normalisations of weight_ih x [4*H], of weight_hh h [4*H] and of c before its tanh [H] (Ba et al.
             2016; eps 1e-5; biases are added behind them). Without has_biases, the three weights alone.
+        recompute_gates: whether a call that needs a gradient keeps h and c of every step alone, and the
+            backward computes the gates again: 2 values of a unit and step where else there are 6 (a GRU: 1
+            and 5; an Elman layer keeps no gates anyway), for the time of a forward (on a GPU, of its products
+            over all steps at once). Plain PyTorch keeps what its autograd keeps.
 
     zoneout, recurrent_dropout, layer_norm and proj_size have no kernel and run on plain PyTorch. All noise
     is drawn from torch's default generator before the first step, so that a seed replays it.
@@ -89,6 +94,7 @@ def lstm(
         dropout=dropout, training=training, bidirectional=bidirectional, batch_first=batch_first,
         proj_size=proj_size, batch_sizes=batch_sizes, lengths=lengths, reset=reset, return_all=return_all,
         zoneout=zoneout, recurrent_dropout=recurrent_dropout, layer_norm=layer_norm,
+        recompute_gates=recompute_gates,
     )  # fmt: skip
     return run_sequence("lstm", "lstm", input, hx, flat_weights, options)
 
@@ -110,6 +116,7 @@ def gru(
     return_all=False,
     zoneout=0.0,
     recurrent_dropout=0.0,
+    recompute_gates=False,
 ):
     """A stack of GRU layers over a sequence, as ``nn.GRU`` computes it.
 
@@ -135,7 +142,7 @@ def gru(
         has_biases=has_biases, num_layers=num_layers,
         dropout=dropout, training=training, bidirectional=bidirectional, batch_first=batch_first,
         batch_sizes=batch_sizes, lengths=lengths, reset=reset, return_all=return_all, zoneout=zoneout,
-        recurrent_dropout=recurrent_dropout,
+        recurrent_dropout=recurrent_dropout, recompute_gates=recompute_gates,
     )  # fmt: skip
     return run_sequence("gru", "gru", input, None if hx is None else (hx,), flat_weights, options)
 
@@ -158,6 +165,7 @@ def rnn(
     return_all=False,
     zoneout=0.0,
     recurrent_dropout=0.0,
+    recompute_gates=False,
 ):
     """A stack of Elman layers over a sequence, as ``nn.RNN`` computes it (Elman 1990).
 
@@ -180,6 +188,7 @@ def rnn(
         num_layers=num_layers, dropout=dropout, training=training, bidirectional=bidirectional,
         batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset,
         return_all=return_all, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
+        recompute_gates=recompute_gates,
     )  # fmt: skip
     return run_sequence(
         "rnn", NONLINEARITIES[nonlinearity], input, None if hx is None else (hx,), flat_weights, options
@@ -217,7 +226,7 @@ def run_sequence(op, cell, input, states, flat_weights, options, narrow=None):
     def layer(rows, x, states):
         steps = options.batch_sizes, lengths, reset
         narrow = entry and entry.operands[rows.start // options.directions]
-        return _run_operator(cell, x, states, weights[rows], steps, options.return_all, narrow)
+        return _run_operator(cell, x, states, weights[rows], steps, options, narrow)
 
     with beyond_autocast(x):
         results = arrange(cell, *run_layers(layer, x, states, options), options)
@@ -299,7 +308,7 @@ def _uncovered(cell, options):
     return None
 
 
-def _run_operator(cell, x, states, weights, steps, return_all, narrow):
+def _run_operator(cell, x, states, weights, steps, options, narrow):
     """One layer; results as ``run_layers`` wants them. narrow: its operands from NarrowWeights, or None."""
     weight_ih, weight_hh, bias_ih, bias_hh, _ = (list(group) for group in zip(*weights, strict=True))
     if bias_ih[0] is None:
@@ -309,9 +318,10 @@ def _run_operator(cell, x, states, weights, steps, return_all, narrow):
     if narrow:
         results = torch.ops.cnnrnn_ext.rnn_narrow(cell, x, h_0, c_0, *narrow, bias_ih, bias_hh, *steps)
         return results[:1], results[1 : 1 + count]
-    arguments = (cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, *steps)
-    if needs_grad(x, h_0, c_0, *weight_ih, *weight_hh, *bias_ih, *bias_hh) or (return_all and count == 2):
-        output, h_n, c_n, cells, _ = torch.ops.cnnrnn_ext.rnn_train(*arguments)
+    arguments = (cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, *steps, tf32_allowed(x))
+    train = needs_grad(x, h_0, c_0, *weight_ih, *weight_hh, *bias_ih, *bias_hh)
+    if train or (options.return_all and count == 2):
+        output, h_n, c_n, cells, _ = torch.ops.cnnrnn_ext.rnn_train(*arguments, options.recompute_gates)
         return (output, cells)[:count], (h_n, c_n)[:count]
     output, h_n, c_n = torch.ops.cnnrnn_ext.rnn(*arguments)
     return (output,), (h_n, c_n)[:count]

@@ -21,7 +21,16 @@ class _Recurrent(ShortCall, WeightDtype, nn.RNNBase):
 
     _state_names = ("hx",)
 
-    def __init__(self, mode, *args, zoneout=0.0, recurrent_dropout=0.0, weight_dtype=None, **kwargs):
+    def __init__(
+        self,
+        mode,
+        *args,
+        zoneout=0.0,
+        recurrent_dropout=0.0,
+        weight_dtype=None,
+        recompute_gates=False,
+        **kwargs,
+    ):
         name = type(self).__name__
         if "proj_size" in kwargs and mode != "LSTM":
             raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
@@ -31,6 +40,7 @@ class _Recurrent(ShortCall, WeightDtype, nn.RNNBase):
         if self.proj_size and mode != "LSTM":  # given by position
             raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
         self.zoneout, self.recurrent_dropout = zoneout, recurrent_dropout
+        self.recompute_gates = recompute_gates
         self._init_weight_dtype(weight_dtype, directions=2 if self.bidirectional else 1)
 
     # ---- parameters: read by name at each call, so that none is ever stale ----
@@ -196,6 +206,7 @@ class _Recurrent(ShortCall, WeightDtype, nn.RNNBase):
             zoneout=self.zoneout,
             recurrent_dropout=self.recurrent_dropout,
             layer_norm=self._norms(),
+            recompute_gates=self.recompute_gates,
         )
         op = self.mode.split("_")[0].lower()
         return run_sequence(op, self.mode.lower(), input, states, self._weights(), options, self._narrow)
@@ -204,7 +215,8 @@ class _Recurrent(ShortCall, WeightDtype, nn.RNNBase):
         """The flat list of the layer normalisations' parameters, or None."""
 
     def extra_repr(self):
-        options = (("zoneout", self.zoneout), ("recurrent_dropout", self.recurrent_dropout))
+        names = "zoneout", "recurrent_dropout", "recompute_gates"
+        options = [(name, getattr(self, name)) for name in names]
         return super().extra_repr() + "".join(f", {name}={value}" for name, value in options if value)
 
 
@@ -242,6 +254,12 @@ class LSTM(_Recurrent):
             in place through ``.data`` needs ``refresh_weights()``. A graph of torch.compile makes them at
             each call. What runs on plain PyTorch (with these copies, so does float64 and every GPU) computes
             with them too.
+        recompute_gates: whether training keeps h and c of every step alone and computes the gates again in
+            the backward, as told at ``functional.lstm``.
+
+    On a GPU the recurrent products of float32 are rounded to TF32 where torch's own switch for those of
+    nn.LSTM allows it, which it does unless changed: ``torch.backends.cudnn.rnn.fp32_precision``, or the older
+    ``torch.backends.cudnn.allow_tf32``. Products with the input follow ``torch.backends.cuda.matmul``.
 
     Shape (D = 2 if bidirectional, P = proj_size or H):
         input: [T, N, I]; [N, T, I] if batch_first; [T, I] unbatched; or a PackedSequence.
@@ -306,7 +324,7 @@ class GRU(_Recurrent):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in
         ``nn.GRU``.
-        zoneout, recurrent_dropout, weight_dtype: as in :class:`LSTM`; zoneout is one number.
+        zoneout, recurrent_dropout, weight_dtype, recompute_gates: as in :class:`LSTM`; zoneout is one number.
 
     Shape (D = 2 if bidirectional):
         input, lengths, reset: as in :class:`LSTM`.
@@ -331,7 +349,7 @@ class RNN(_Recurrent):
     Args:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device,
         dtype: as in ``nn.RNN``, in its order.
-        zoneout, recurrent_dropout, weight_dtype: as in :class:`LSTM`; zoneout is one number.
+        zoneout, recurrent_dropout, weight_dtype, recompute_gates: as in :class:`LSTM`; zoneout is one number.
 
     Shape:
         As in :class:`GRU`.

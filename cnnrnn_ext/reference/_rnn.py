@@ -33,6 +33,7 @@ class Options(NamedTuple):
     zoneout: float | tuple = 0.0
     recurrent_dropout: float = 0.0
     layer_norm: list | None = None
+    recompute_gates: bool = False  # of the kernels; here it changes nothing
 
     @property
     def directions(self):
@@ -66,13 +67,14 @@ def lstm(
     zoneout=0.0,
     recurrent_dropout=0.0,
     layer_norm=None,
+    recompute_gates=False,
 ):
     """A stack of LSTM layers over a sequence; see ``functional.lstm``."""
     options = Options(
         has_biases=has_biases, num_layers=num_layers, dropout=dropout,
         training=training, bidirectional=bidirectional, batch_first=batch_first, proj_size=proj_size,
         batch_sizes=batch_sizes, lengths=lengths, reset=reset, return_all=return_all, zoneout=zoneout,
-        recurrent_dropout=recurrent_dropout, layer_norm=layer_norm,
+        recurrent_dropout=recurrent_dropout, layer_norm=layer_norm, recompute_gates=recompute_gates,
     )  # fmt: skip
     return sequence("lstm", input, hx, flat_weights, options)
 
@@ -94,6 +96,7 @@ def gru(
     return_all=False,
     zoneout=0.0,
     recurrent_dropout=0.0,
+    recompute_gates=False,
 ):
     """A stack of GRU layers over a sequence; see ``functional.gru``."""
     options = Options(
@@ -123,6 +126,7 @@ def rnn(
     return_all=False,
     zoneout=0.0,
     recurrent_dropout=0.0,
+    recompute_gates=False,
 ):
     """A stack of Elman layers over a sequence; see ``functional.rnn``."""
     options = Options(
@@ -130,6 +134,7 @@ def rnn(
         num_layers=num_layers, dropout=dropout, training=training, bidirectional=bidirectional,
         batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset,
         return_all=return_all, zoneout=zoneout, recurrent_dropout=recurrent_dropout,
+        recompute_gates=recompute_gates,
     )  # fmt: skip
     cell = NONLINEARITIES[nonlinearity]
     return sequence(cell, input, None if hx is None else (hx,), flat_weights, options)
