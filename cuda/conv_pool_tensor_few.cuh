@@ -143,8 +143,7 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
         }
       }
     }
-    finish_blocks<T, kFewTiles>(s, bias, sum, shared_memory<float>() + threadIdx.x,
-                                owned_of<kFewTiles>(place, s.k), out);
+    finish_tile<T, kFewTiles, kFewWide>(s, bias, sum, shared_memory<float>() + threadIdx.x, place, out);
   }
 }
 

@@ -75,25 +75,30 @@ struct BlockPlace {
   int y, x;
 };
 
-// What a thread owns of the results: 2 * kTiles channels from k_begin on, as far as they are below k_end, in
-// the two blocks that are rows lane / 4 and lane / 4 + 8 of its warp's fragments.
-struct Owned {
-  BlockPlace blocks[2];
-  int k_begin, k_end;
+// Which results are a thread's: 2 * kTiles channels from `begin` on, as far as they are below `end`.
+struct OwnChannels {
+  int begin, end;
 };
+template <int kTiles>
+__device__ __forceinline__ OwnChannels own_channels(int k_first, int k_end) {
+  return {k_first + static_cast<int>(threadIdx.x) % 4 * 2 * kTiles, k_end};
+}
+// Of the two blocks of a thread: its row of the fragments of its warp.
+__device__ __forceinline__ int own_row(int half) { return threadIdx.x % 32 / 4 + 8 * half; }
 
 // Bias, activation and pool of a thread's sums. keys: this thread's column of kTensorThreads, unused unless
-// has_keys().
-template <typename T, int kTiles>
+// has_keys(). block_of(half): the place of its first or second 2x2 block, found out only when it is wanted.
+template <typename T, int kTiles, typename BlockOf>
 __device__ __forceinline__ void finish_blocks(const ConvPoolShape& s, const T* bias, BlockSums<kTiles>& sum,
-                                              float* keys, const Owned& own, const ConvPoolResults& out) {
+                                              float* keys, const OwnChannels& own, const BlockOf& block_of,
+                                              const ConvPoolResults& out) {
   constexpr int kOwned = 2 * kTiles;
   // Channel i of one position of the thread's first or second 2x2 block stands in this register.
   const auto register_of = [](int i, int half) { return 2 * half + i % 2; };
   if (bias) {
 #pragma unroll
     for (int i = 0; i < kOwned; ++i) {
-      const float b = own.k_begin + i < own.k_end ? widen(bias[own.k_begin + i]) : 0.0f;
+      const float b = own.begin + i < own.end ? widen(bias[own.begin + i]) : 0.0f;
 #pragma unroll
       for (int position = 0; position < 4; ++position)
 #pragma unroll
@@ -108,7 +113,7 @@ __device__ __forceinline__ void finish_blocks(const ConvPoolShape& s, const T* b
     using Windows = decltype(windows);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const BlockPlace block = own.blocks[half];
+      const BlockPlace block = block_of(half);
 #pragma unroll
       for (int window = 0; window < Windows::kCount; ++window) {
         const int h = block.y * Windows::kDown + window / Windows::kAcross;
@@ -128,23 +133,25 @@ __device__ __forceinline__ void finish_blocks(const ConvPoolShape& s, const T* b
           kept[i] = narrow_to<T>(winner.value);
           code[i] = static_cast<uint8_t>(winner.code);
         }
-        store_channels(out.y, block.n, own.k_begin, h, w, own.k_end, y);
-        if (out.code.data) store_channels(out.code, block.n, own.k_begin, h, w, own.k_end, code);
-        if (out.kept.data) store_channels(out.kept, block.n, own.k_begin, h, w, own.k_end, kept);
+        store_channels(out.y, block.n, own.begin, h, w, own.end, y);
+        if (out.code.data) store_channels(out.code, block.n, own.begin, h, w, own.end, code);
+        if (out.kept.data) store_channels(out.kept, block.n, own.begin, h, w, own.end, kept);
       }
     }
   });
 }
 
-// What this thread owns of a tile.
-template <int kTiles, int kWide>
-__device__ __forceinline__ Owned owned_of(const TilePlace<kWide>& place, int outputs) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto block = [&](int row) {
-    const Size2 of_tile = block_of_row<kWide>(warp, row);
+// The same of a tile.
+template <typename T, int kTiles, int kWide>
+__device__ __forceinline__ void finish_tile(const ConvPoolShape& s, const T* bias, BlockSums<kTiles>& sum,
+                                            float* keys, const TilePlace<kWide>& place,
+                                            const ConvPoolResults& out) {
+  const auto block_of = [&](int half) {
+    const Size2 of_tile = block_of_row<kWide>(threadIdx.x / 32, own_row(half));
     return BlockPlace{place.n, place.block_y + of_tile.h, place.block_x + of_tile.w};
   };
-  return {{block(lane / 4), block(lane / 4 + 8)}, place.tile_k * 8 * kTiles + lane % 4 * 2 * kTiles, outputs};
+  finish_blocks<T, kTiles>(s, bias, sum, keys, own_channels<kTiles>(place.tile_k * 8 * kTiles, s.k), block_of,
+                           out);
 }
 
 template <typename T, int kTiles, int kWide>
@@ -174,8 +181,7 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
                                      threadIdx.x % 32);
   }
   if (has_keys(s.activation)) block_barrier();  // the last stage has been read
-  finish_blocks<T, kTiles>(s, bias, sum, shared_memory<float>() + threadIdx.x, owned_of<kTiles>(place, s.k),
-                           out);
+  finish_tile<T, kTiles, kWide>(s, bias, sum, shared_memory<float>() + threadIdx.x, place, out);
 }
 
 }  // namespace

@@ -300,14 +300,11 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     finish_rectangle<T, kTiles>(s, bias, sum, memory, tiles, tile, k_first, k_end, out);
     return;
   }
-  const int lane = tid % 32, first_block = tid / 32 * kWarpBlocks + lane / 4;
-  Owned own{{}, k_first + lane % 4 * 2 * kTiles, k_end};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const BlockPlace output = output_of(s, tiles, tile, first_block + 8 * half);
-    own.blocks[half] = {output.n, output.y / 2, output.x / 2};
-  }
-  finish_blocks<T, kTiles>(s, bias, sum, memory + tid, own, out);
+  const auto block_of = [&](int half) {
+    const BlockPlace output = output_of(s, tiles, tile, tid / 32 * kWarpBlocks + own_row(half));
+    return BlockPlace{output.n, output.y / 2, output.x / 2};
+  };
+  finish_blocks<T, kTiles>(s, bias, sum, memory + tid, own_channels<kTiles>(k_first, k_end), block_of, out);
 }
 
 }  // namespace

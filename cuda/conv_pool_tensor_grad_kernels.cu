@@ -1,8 +1,12 @@
 // Entry points of the conv_pool backward on tensor cores: element type and tile are chosen here.
 
+#include <cstdlib>
+#include <cstring>
+
 #include "conv_pool_reduce.cuh"
 #include "conv_pool_tensor_gather.h"
 #include "conv_pool_tensor_grad_weight_few.cuh"
+#include "conv_pool_tensor_grad_weight_sparse.cuh"
 #include "conv_pool_tensor_launch.cuh"
 
 namespace cnnrnn::cuda {
@@ -14,6 +18,12 @@ int slices_of_weights(const ConvPoolShape& s) {
   const int64_t wanted = ceil_div(patch_grid(s, 1).patches, int64_t(4));
   const int64_t fit = (int64_t(1) << 24) / (int64_t(s.k) * (s.c * kTaps + 1));
   return static_cast<int>(std::max(int64_t(1), std::min({wanted, fit, 256 / tiles})));
+}
+
+// The experiment of conv_pool_tensor_grad_weight_sparse.cuh.
+bool tries_sparse(const ConvPoolShape& s) {
+  const char* wish = std::getenv("CNNRNN_SPARSE_GRAD_WEIGHT");
+  return wish && std::strcmp(wish, "1") == 0 && s.pool == Size2{2, 2};
 }
 
 // 16-bit types only: TF32 has no transposed loads.
@@ -77,8 +87,16 @@ void conv_pool_tensor_grad_weight(DType dtype, const ConvPoolShape& s, Map grad,
                stream, s, map, x, slices, partial);
       });
     } else {
-      launch(tensor_grad_weight<T>, grid, kTensorThreads, 2 * kGradStageBytes, stream, s, map, x, slices,
-             partial);
+      const auto run = [&](auto kernel, int stage_bytes) {
+        launch(kernel, grid, kTensorThreads, 2 * stage_bytes, stream, s, map, x, slices, partial);
+      };
+      using Dense = DenseGradient<T>;
+      using Sparse = SparseGradient<T>;
+      if (tries_sparse(s)) {
+        run(tensor_grad_weight<Sparse>, kGradStageBytes<Sparse>);
+      } else {
+        run(tensor_grad_weight<Dense>, kGradStageBytes<Dense>);
+      }
     }
     launch_reduce_slices<T>(partial, slices, s.k, s.c * kTaps, grad_weight, grad_bias, stream);
   });

@@ -16,7 +16,6 @@ constexpr int kPatchInRows = kPatchRows + 2, kPatchInCols = kPatchCols + 2;
 constexpr int kGradRowBytes = 128, kGradChannels = 64, kGradUnits = kGradRowBytes / kUnitBytes;
 constexpr int kGradientBytes = kPatch * kGradRowBytes;
 constexpr int kPixelBytes = kPatchInRows * kPatchInCols * kGradRowBytes;
-constexpr int kGradStageBytes = kGradientBytes + kPixelBytes;
 constexpr int kBiasParts = kTensorThreads / kGradChannels;
 
 // Where a unit of a row of 128 bytes stands: 8 neighbouring rows have the same unit in different banks.
@@ -102,35 +101,24 @@ __device__ __forceinline__ float sum_of_parts(float* parts, float own) {
   return all;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kTensorThreads, 1)
-    tensor_grad_weight(ConvPoolShape s, MapGradient<T> map, Map x, int slices,
-                       float* partial /* [slices][k][c * 9 + 1] */) {
-  auto* shared = shared_memory<unsigned char>();  // two stages
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int k_begin = blockIdx.x * kGradChannels, c_begin = blockIdx.y * kGradChannels;
-  const PatchGrid grid = patch_grid(s, slices);
-  const int64_t begin = blockIdx.z * grid.of_slice, end = min(begin + grid.of_slice, grid.patches);
-  const auto make_stage = [&](int64_t index) {
-    unsigned char* stage = shared + index % 2 * kGradStageBytes;
-    const Patch patch = patch_of(grid, index);
-    copy_patch<T>(stage + kGradientBytes, x, s, patch, c_begin);
-    async_commit();
-    make_gradient(stage, map, s, patch, k_begin);
-  };
+// [tap][outputs by 16][register] of a warp
+using TapSums = float[kTaps][4][4];
 
-  float sum[kTaps][4][4];  // [tap][outputs by 16][register]
-#pragma unroll
-  for (int i = 0; i < kTaps * 16; ++i) sum[i / 16][i / 4 % 4][i % 4] = 0.0f;
-  float bias_sum = 0;
-  if (begin < end) make_stage(begin);
-  for (int64_t index = begin; index < end; ++index) {
-    async_wait<0>();
-    block_barrier();  // this stage has been made, and the one before has been read
-    if (index + 1 < end) make_stage(index + 1);
-    const unsigned char* gradient = shared + index % 2 * kGradStageBytes;
-    const unsigned char* pixels = gradient + kGradientBytes;
-    if (c_begin == 0) bias_sum += bias_part<T>(gradient, tid % kGradChannels, tid / kGradChannels);
+// The gradient of a patch, position by position: one of the operands of tensor_grad_weight().
+template <typename T_>
+struct DenseGradient {
+  using T = T_;
+  static constexpr int kBytes = kGradientBytes;
+  static __device__ __forceinline__ void make(unsigned char* to, const MapGradient<T>& map,
+                                              const ConvPoolShape& s, const Patch& patch, int k) {
+    make_gradient(to, map, s, patch, k);
+  }
+  static __device__ __forceinline__ float bias(const unsigned char* gradient, int k, int part) {
+    return bias_part<T>(gradient, k, part);
+  }
+  static __device__ __forceinline__ void multiply(TapSums& sum, const unsigned char* gradient,
+                                                  const unsigned char* pixels) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
     for (int row = 0; row < kPatchRows; ++row) {
       uint32_t a[4][4];
@@ -149,6 +137,41 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
         }
       }
     }
+  }
+};
+
+template <typename Gradient>
+constexpr int kGradStageBytes = Gradient::kBytes + kPixelBytes;
+
+template <typename Gradient>
+__global__ void __launch_bounds__(kTensorThreads, 1)
+    tensor_grad_weight(ConvPoolShape s, MapGradient<typename Gradient::T> map, Map x, int slices,
+                       float* partial /* [slices][k][c * 9 + 1] */) {
+  auto* shared = shared_memory<unsigned char>();  // two stages
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int k_begin = blockIdx.x * kGradChannels, c_begin = blockIdx.y * kGradChannels;
+  const PatchGrid grid = patch_grid(s, slices);
+  const int64_t begin = blockIdx.z * grid.of_slice, end = min(begin + grid.of_slice, grid.patches);
+  const auto make_stage = [&](int64_t index) {
+    unsigned char* stage = shared + index % 2 * kGradStageBytes<Gradient>;
+    const Patch patch = patch_of(grid, index);
+    copy_patch<typename Gradient::T>(stage + Gradient::kBytes, x, s, patch, c_begin);
+    async_commit();
+    Gradient::make(stage, map, s, patch, k_begin);
+  };
+
+  TapSums sum;
+#pragma unroll
+  for (int i = 0; i < kTaps * 16; ++i) sum[i / 16][i / 4 % 4][i % 4] = 0.0f;
+  float bias_sum = 0;
+  if (begin < end) make_stage(begin);
+  for (int64_t index = begin; index < end; ++index) {
+    async_wait<0>();
+    block_barrier();  // this stage has been made, and the one before has been read
+    if (index + 1 < end) make_stage(index + 1);
+    const unsigned char* gradient = shared + index % 2 * kGradStageBytes<Gradient>;
+    if (c_begin == 0) bias_sum += Gradient::bias(gradient, tid % kGradChannels, tid / kGradChannels);
+    Gradient::multiply(sum, gradient, gradient + Gradient::kBytes);
   }
 
   const int elements = s.c * kTaps;

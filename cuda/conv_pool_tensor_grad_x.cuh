@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     const unsigned char* stage = shared + chunk % 2 * kStageBytes<kTiles, kWide>;
     multiply_chunk<T, kTiles, kWide>(sum, stage, stage + Tile::kBytes, threadIdx.x / 32, threadIdx.x % 32);
   }
-  finish_blocks<T, kTiles>(s, static_cast<const T*>(nullptr), sum, nullptr, owned_of<kTiles>(place, s.k),
-                           out);
+  finish_tile<T, kTiles, kWide>(s, static_cast<const T*>(nullptr), sum, nullptr, place, out);
 }
 
 }  // namespace

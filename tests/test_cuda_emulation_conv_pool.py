@@ -249,3 +249,44 @@ def test_conv_pool_tf32_backward_is_tf32(ops, case):
         units = oracle.abs().max().item() * 2.0**-11
         assert cases.error(fine, oracle) < 0.01 * units
         assert 0.05 * units < cases.error(coarse, oracle)
+
+
+# ---- the experiment with sparse products ----
+
+
+def test_sparse_fragments(library):
+    """D = A B where A has one element in every four, by primitives_sparse.cuh."""
+    place = torch.randint(4, (16, 8))
+    a = (torch.nn.functional.one_hot(place, 4) * torch.randint(-9, 10, (16, 8, 1))).view(16, 32).half()
+    b = torch.randint(-9, 10, (8, 32)).half()
+    d = torch.full((16, 8), float("nan"))
+    assert not library.run_fragments(4, a.data_ptr(), b.data_ptr(), d.data_ptr(), False)
+    assert torch.equal(d, a.float() @ b.float().T)
+
+
+SPARSE = {
+    "chunks": cases.TENSOR_CONVS["chunks"],
+    "chunks_nhwc": cases.TENSOR_CONVS["chunks_nhwc"],
+    "tiles": cases.TENSOR_CONVS["tiles"],
+    "no_activation": replace(cases.TENSOR_CONVS["tiles_nhwc"], activation="none"),
+    "beyond_the_edge": cases.Conv((2, 9, 13, 21), 70, activation="none", ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SPARSE.values(), ids=SPARSE)
+def test_sparse_weight_gradient_is_exact_on_integers(ops, monkeypatch, case, dtype):
+    monkeypatch.setenv("CNNRNN_SPARSE_GRAD_WEIGHT", "1")
+    cases.check_conv_exact(ops, "cpu", case, dtype)
+
+
+def test_sparse_weight_gradient_is_only_on_demand(ops, monkeypatch):
+    """The two sum in different orders: random numbers tell which one ran, and both are near."""
+    case = cases.TENSOR_CONVS["chunks"]
+    drawn = case.draw(cases.normal)
+    dense = cases.run_conv(ops, "cpu", case, torch.float16, *drawn)[3]
+    assert torch.equal(dense, cases.run_conv(ops, "cpu", case, torch.float16, *drawn)[3])
+    monkeypatch.setenv("CNNRNN_SPARSE_GRAD_WEIGHT", "1")
+    sparse = cases.run_conv(ops, "cpu", case, torch.float16, *drawn)[3]
+    assert not torch.equal(dense, sparse)
+    torch.testing.assert_close(sparse, dense, rtol=2e-3, atol=2e-2)

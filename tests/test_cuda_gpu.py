@@ -61,6 +61,13 @@ def test_conv_pool_gathered_exact_on_integers(ops, case, dtype):
     cases.check_conv_exact(ops, "cuda", case, dtype, "high")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [cases.TENSOR_CONVS["chunks"], LARGE_CONVS["deep"]], ids=["chunks", "deep"])
+def test_sparse_weight_gradient_is_exact_on_integers(ops, monkeypatch, case, dtype):
+    monkeypatch.setenv("CNNRNN_SPARSE_GRAD_WEIGHT", "1")
+    cases.check_conv_exact(ops, "cuda", case, dtype)
+
+
 @pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", cases.ACTIVATIONS)
 @pytest.mark.parametrize("channels", [3, 9])

@@ -78,6 +78,8 @@ void async_wait(int groups_left);  // all but the last so many committed groups 
 // Matrix instructions, in tensor_cores.cpp. Operands in registers as the PTX manual lays them out.
 enum class Element { kHalf, kBFloat16, kTf32 };
 void mma(Site site, Element element, float* d, const uint32_t* a, const uint32_t* b);
+void mma_sparse(Site site, Element element, float* d, const uint32_t* a, const uint32_t* b,
+                uint32_t metadata);
 void load_matrices(Site site, uint32_t* registers, const void* row, bool transposed);
 
 // Tells the bounds check that kernels may touch [data, data + bytes), whose elements have `element` bytes.

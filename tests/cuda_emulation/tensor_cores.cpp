@@ -53,6 +53,36 @@ void multiply(void* const* operands) {
   }
 }
 
+struct SparseMma {
+  float* d;
+  const uint32_t *a, *b;
+  uint32_t metadata;
+};
+
+// m16n8k32 whose A is stored half, selector 0: a chunk of 4 elements of a row of A is two elements, and 4
+// bits of metadata that tell their places. See primitives_sparse.cuh for where a lane has them.
+template <Element kElement>
+void multiply_sparse(void* const* operands) {
+  constexpr int kChunks = 8;
+  const auto lane = [&](int g, int t) { return static_cast<const SparseMma*>(operands[4 * g + t]); };
+  for (int row = 0; row < kRows; ++row) {
+    for (int column = 0; column < kColumns; ++column) {
+      float& d = lane(row % 8, column / 2)->d[row / 8 * 2 + column % 2];
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const uint32_t a = lane(row % 8, chunk % 4)->a[chunk / 4 * 2 + row / 8];
+        const uint32_t word = lane(row % 8, chunk / 4)->metadata;
+        const uint32_t places = word >> (16 * (row / 8) + 4 * (chunk % 4)) & 15;
+        if ((places & 3) >= places >> 2) fail("metadata out of order in a sparse product");
+        for (int i = 0; i < 2; ++i) {
+          const int depth = 4 * chunk + static_cast<int>(places >> (2 * i) & 3);
+          const uint32_t b = lane(column, depth % 8 / 2)->b[depth / 8];
+          d += element_of<kElement>(a, i) * element_of<kElement>(b, depth % 2);
+        }
+      }
+    }
+  }
+}
+
 struct Load {
   uint32_t* registers;
   uint16_t row[8];
@@ -86,6 +116,13 @@ void mma(Site site, Element element, float* d, const uint32_t* a, const uint32_t
     case Element::kTf32:
       return exchange(site, &operand, multiply<Element::kTf32>);
   }
+}
+
+void mma_sparse(Site site, Element element, float* d, const uint32_t* a, const uint32_t* b,
+                uint32_t metadata) {
+  SparseMma operand{d, a, b, metadata};
+  exchange(site, &operand,
+           element == Element::kHalf ? multiply_sparse<Element::kHalf> : multiply_sparse<Element::kBFloat16>);
 }
 
 void load_matrices(Site site, uint32_t* registers, const void* row, bool transposed) {
