@@ -56,8 +56,8 @@ constexpr RnnPlan kAStep = {RnnSchedule::kStep, 1, RnnProducts::kFma, 0, 0};
 
 // On tensor cores, or a launch a step.
 RnnPlan tensor_plan(RnnCell cell, DType dtype, const RnnShape& s, RnnProducts products, bool forward) {
-  const auto fits = [&](int blocks, bool grid) {
-    const auto ask = forward ? rnn_tensor_forward_fits : rnn_tensor_backward_fits;
+  const auto launches = [&](int blocks, bool grid) {
+    const auto ask = forward ? rnn_tensor_forward_launches : rnn_tensor_backward_launches;
     return ask(cell, dtype, s, {products, blocks, grid});
   };
   const auto at_once = [&](int blocks) {
@@ -66,20 +66,23 @@ RnnPlan tensor_plan(RnnCell cell, DType dtype, const RnnShape& s, RnnProducts pr
   };
   const int eights = ceil_div(s.hidden, 8);
   const RnnPlan block = {RnnSchedule::kBlock, 1, products, 0, 0};
-  const bool block_fits = eights <= 16 && fits(1, false);
+  const bool block_fits = eights <= 16 && launches(1, false) > 0;
   if (block_fits && eights <= 4) return block;
   // As few blocks as leave each with the units of 8 warps; only if need be with those of more.
   for (const int each : {4, 6})
     for (int blocks = 2; blocks <= 16; blocks *= 2)
-      if (ceil_div(eights, blocks) <= each && fits(blocks, false)) {
+      if (ceil_div(eights, blocks) <= each && launches(blocks, false) > 0) {
         // A cluster takes less time for a step, a block on its own fewer multiprocessors.
         if (block_fits && !at_once(blocks)) return block;
         return {RnnSchedule::kCluster, blocks, products, 0, 0};
       }
   if (block_fits) return block;
+  // A launch a step multiplies without tensor cores. It takes as long as some launches of the grid: for
+  // floats two, by the arithmetic in README.md; for halves it is never ahead.
+  const int most_launches = products == RnnProducts::kHalves ? s.batch * s.directions : 2;
   for (int each = 4; each >= 1; --each) {
-    const int blocks = ceil_div(eights, each);
-    if (!fits(blocks, true)) continue;
+    const int blocks = ceil_div(eights, each), count = launches(blocks, true);
+    if (count == 0 || count > most_launches) continue;
     const size_t bytes =
         forward ? rnn_tensor_forward_exchange(dtype, s) : rnn_tensor_backward_exchange(s, blocks);
     return {RnnSchedule::kGrid, blocks, products, bytes, ceil_div(s.batch, 16) * s.directions};

@@ -94,15 +94,16 @@ struct TensorVariant {
 // Where a lane stands. Of what a pair has, `e` says which: eight number e, or the lane's part of it.
 struct TensorPlace {
   int lane, g, q, warp, pair, half;
-  int block, tile, direction, group;  // group: of all groups of the grid
+  int block, tile, direction, group;  // group: of all groups of the layer
   int local_row, row;                 // of the lane's units
-  __device__ TensorPlace(const UnitCut& cut)
+  // Groups follow each other in the grid: those of the first direction by their tiles, then the second's.
+  __device__ TensorPlace(const RnnShape& s, const UnitCut& cut, int first_group)
       : own_(cut.count(block_of(cut))), first_(cut.first(block_of(cut))) {
     lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     warp = threadIdx.x / 32, pair = warp / 2, half = warp % 2;
-    block = block_of(cut), tile = static_cast<int>(blockIdx.x) / cut.blocks;
-    direction = blockIdx.y;
-    group = direction * (static_cast<int>(gridDim.x) / cut.blocks) + tile;
+    block = block_of(cut), group = first_group + static_cast<int>(blockIdx.x) / cut.blocks;
+    const int tiles = ceil_div(s.batch, kTileRows);
+    tile = group % tiles, direction = group / tiles;
     local_row = g + 8 * half;
     row = tile * kTileRows + local_row;
   }
@@ -234,6 +235,7 @@ struct WarpWeights {
 struct GridExchange {
   unsigned char* data;  // two buffers, and in each one part per group
   unsigned* arrived;    // per group
+  int groups;           // of the layer
 };
 
 // All blocks of a group of the grid have come here `times` times.

@@ -7,17 +7,17 @@
 
 namespace cnnrnn::cuda {
 
-// How a group of blocks is to run. `grid`: its groups are of the grid and run all at once, else it is a block
-// or a cluster.
+// How a group of blocks is to run: as one of the grid, or else as a block or a cluster.
 struct TensorGroup {
   RnnProducts products;
   int blocks;
   bool grid;
 };
 
-// Whether the current device can run such groups.
-bool rnn_tensor_forward_fits(RnnCell, DType, const RnnShape&, const TensorGroup&);
-bool rnn_tensor_backward_fits(RnnCell, DType, const RnnShape&, const TensorGroup&);
+// How many launches the layer takes one after the other; 0 where the current device cannot run such groups.
+// Groups of the grid must run at once, and there may be more of them.
+int rnn_tensor_forward_launches(RnnCell, DType, const RnnShape&, const TensorGroup&);
+int rnn_tensor_backward_launches(RnnCell, DType, const RnnShape&, const TensorGroup&);
 
 // Whether all blocks of the layer would run at once.
 bool rnn_tensor_forward_at_once(RnnCell, DType, const RnnShape&, const TensorGroup&);

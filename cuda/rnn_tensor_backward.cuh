@@ -45,13 +45,13 @@ struct BackwardMemory {
 
 template <typename Cell, typename E, typename Variant>
 __global__ void __launch_bounds__(Variant::kWarps * 32, 1)
-    rnn_tensor_backward(RnnBackward p, UnitCut cut, GridExchange exchange) {
+    rnn_tensor_backward(RnnBackward p, UnitCut cut, GridExchange exchange, int first_group) {
   using T = StoredAs<E>;
   using Memory = BackwardMemory<Cell, E, Variant>;
   constexpr int kTiles = Memory::kTiles, kGates = Cell::kGates, kEights = Variant::kEights;
   constexpr bool kGrid = Variant::kGrid;
   const RnnShape s = p.shape;
-  const TensorPlace place(cut);
+  const TensorPlace place(s, cut, first_group);
   const TileSteps steps(s, place.tile, place.direction);
   const Memory memory(cut);
   const int direction = place.direction, row = place.row, stride = memory.stride;
@@ -106,10 +106,9 @@ __global__ void __launch_bounds__(Variant::kWarps * 32, 1)
     block_barrier();
 
   // The n-th parts (n = 1, 2, ...) of this lane's two units, from every block.
-  const int64_t groups = int64_t(gridDim.x / cut.blocks) * gridDim.y;
   const auto grid_parts = [&](int n, int eight) {
     return reinterpret_cast<Words4*>(exchange.data) +
-           (((n % 2) * groups + place.group) * cut.total + eight) * cut.blocks * 32;
+           (((n % 2) * int64_t(exchange.groups) + place.group) * cut.total + eight) * cut.blocks * 32;
   };
   const auto add_parts = [&](int n) {
     if constexpr (kGrid) {

@@ -20,16 +20,16 @@ struct TensorBackward {
 
 }  // namespace
 
-bool rnn_tensor_backward_fits(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
-  return tensor_fits<TensorBackward>(cell, dtype, s, group);
+int rnn_tensor_backward_launches(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
+  return tensor_launches<TensorBackward>(cell, dtype, s, group);
 }
 
 bool rnn_tensor_backward_at_once(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
-  return tensor_at_once<TensorBackward>(cell, dtype, s, group);
+  return groups_of(s) <= tensor_groups_at_once<TensorBackward>(cell, dtype, s, group);
 }
 
 size_t rnn_tensor_backward_exchange(const RnnShape& s, int blocks) {
-  const size_t groups = size_t(ceil_div(s.batch, kTileRows)) * s.directions;
+  const size_t groups = groups_of(s);
   return 2 * groups * ceil_div(s.hidden, kGroupUnits) * blocks * 32 * kWordBytes;
 }
 

@@ -55,7 +55,7 @@ struct RowPiece {
 
 template <typename Cell, typename E, typename Variant>
 __global__ void __launch_bounds__(Variant::kWarps * 32, 1)
-    rnn_tensor_forward(RnnForward p, UnitCut cut, GridExchange exchange) {
+    rnn_tensor_forward(RnnForward p, UnitCut cut, GridExchange exchange, int first_group) {
   using T = StoredAs<E>;
   using Two = Pack<float, 2>;
   using Parts = Values<float, Cell::kParts>;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Variant::kWarps * 32, 1)
   constexpr int kGates = Cell::kGates, kEights = Variant::kEights;
   constexpr bool kGrid = Variant::kGrid;
   const RnnShape s = p.shape;
-  const TensorPlace place(cut);
+  const TensorPlace place(s, cut, first_group);
   const TileSteps steps(s, place.tile, place.direction);
   const Memory memory(s.hidden, cut.most());
   const int direction = place.direction, row = place.row, stride = memory.stride;
@@ -144,9 +144,8 @@ __global__ void __launch_bounds__(Variant::kWarps * 32, 1)
       if (n > 0) {
         grid_group_barrier(&exchange.arrived[place.group], cut.blocks, n);
         const int words = cut.total * kGroupUnits * int(sizeof(T)) / kWordBytes;  // of a row
-        const auto* from =
-            reinterpret_cast<const Words4*>(exchange.data) +
-            ((n % 2) * int64_t(gridDim.x / cut.blocks * gridDim.y) + place.group) * kTileRows * words;
+        const auto* from = reinterpret_cast<const Words4*>(exchange.data) +
+                           ((n % 2) * int64_t(exchange.groups) + place.group) * kTileRows * words;
         for (int i = threadIdx.x; i < kTileRows * words; i += blockDim.x)
           *pack_at<Words4>(h + i / words * stride + i % words * kWordBytes) = load_shared_by_grid(from + i);
         block_barrier();  // h is complete
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(Variant::kWarps * 32, 1)
 #pragma unroll
       for (int part = 0; part < RowPiece<E>::kWords; ++part) {
         if constexpr (kGrid) {
-          const int64_t group = ((n + 1) % 2) * int64_t(gridDim.x / cut.blocks * gridDim.y) + place.group;
+          const int64_t group = ((n + 1) % 2) * int64_t(exchange.groups) + place.group;
           const int64_t bytes_of_row = int64_t(cut.total) * kGroupUnits * sizeof(T);
           if (place.q == part)
             *pack_at<Words4>(exchange.data + (group * kTileRows + place.local_row) * bytes_of_row + at +
@@ -213,12 +212,22 @@ __global__ void __launch_bounds__(Variant::kWarps * 32, 1)
     }
     now = next;
   }
+  const int length = row < s.batch ? length_of(s, row) : 0;
 #pragma unroll
   for (int e = 0; e < kEights; ++e)
 #pragma unroll
     for (int u = 0; u < 2; ++u)
-      if (place.owns(s, e, u))
-        store_state<Cell, T>(s, state[e][u], p.h_n, p.c_n, direction, row, place.unit(e) + u);
+      if (place.owns(s, e, u)) {
+        const int unit = place.unit(e) + u;
+        // An h that takes no part in the next step by itself would only take a register all the time.
+        if (!Cell::kBlends)
+          state[e][u].h = length == 0
+                              ? load_or_zero<float, T>(p.h_0, state_at(s, direction, row, unit))
+                              : load_or_zero<float, T>(
+                                    p.output, output_at(s, row_at(s, direction == 0 ? length - 1 : 0, row),
+                                                        direction, unit));
+        store_state<Cell, T>(s, state[e][u], p.h_n, p.c_n, direction, row, unit);
+      }
 }
 
 }  // namespace

@@ -20,16 +20,16 @@ struct TensorForward {
 
 }  // namespace
 
-bool rnn_tensor_forward_fits(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
-  return tensor_fits<TensorForward>(cell, dtype, s, group);
+int rnn_tensor_forward_launches(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
+  return tensor_launches<TensorForward>(cell, dtype, s, group);
 }
 
 bool rnn_tensor_forward_at_once(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
-  return tensor_at_once<TensorForward>(cell, dtype, s, group);
+  return groups_of(s) <= tensor_groups_at_once<TensorForward>(cell, dtype, s, group);
 }
 
 size_t rnn_tensor_forward_exchange(DType dtype, const RnnShape& s) {
-  const size_t groups = size_t(ceil_div(s.batch, kTileRows)) * s.directions;
+  const size_t groups = groups_of(s);
   const size_t element = dtype == DType::kFloat ? sizeof(float) : sizeof(Half);
   return 2 * groups * kTileRows * ceil_div(s.hidden, kGroupUnits) * kGroupUnits * element;
 }

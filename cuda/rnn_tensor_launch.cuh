@@ -33,9 +33,7 @@ auto with_kernel(RnnCell cell, DType dtype, const UnitCut& cut, const TensorGrou
   });
 }
 
-inline dim3 tensor_grid(const RnnShape& s, int blocks) {
-  return dim3(grid_size(int64_t(ceil_div(s.batch, kTileRows)) * blocks), s.directions);
-}
+inline int groups_of(const RnnShape& s) { return ceil_div(s.batch, kTileRows) * s.directions; }
 
 // A kernel, its threads and the shared memory of a block.
 template <typename Kernel>
@@ -52,20 +50,21 @@ auto tensor_kernel(const RnnShape& s, const UnitCut& cut, Cell, E, Variant) {
                                         Launch::shared_bytes(s, cut)};
 }
 
+// How many groups of the layer the current device runs at once.
 template <typename Pass>
-bool tensor_at_once(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
+int tensor_groups_at_once(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
   const UnitCut cut = cut_of(s, group.blocks);
-  return with_kernel(cell, dtype, cut, group, [&](auto... types) -> bool {
+  return with_kernel(cell, dtype, cut, group, [&](auto... types) -> int {
     const auto launch = tensor_kernel<Pass>(s, cut, types...);
-    const dim3 all = tensor_grid(s, group.blocks);
-    return all.x * all.y <= blocks_at_once(launch.kernel, launch.threads, launch.bytes);
+    return static_cast<int>(blocks_at_once(launch.kernel, launch.threads, launch.bytes)) / group.blocks;
   });
 }
 
+// How many launches the layer takes one after the other; 0: the current device cannot run such groups.
 template <typename Pass>
-bool tensor_fits(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
+int tensor_launches(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup& group) {
   const UnitCut cut = cut_of(s, group.blocks);
-  if (group.blocks > cut.total) return false;
+  if (group.blocks > cut.total) return 0;
   const bool fits = with_kernel(cell, dtype, cut, group, [&](auto... types) -> bool {
     const auto variant = std::get<2>(std::tuple(types...));
     if (cut.most() > variant.kWarps / 2 * variant.kEights) return false;
@@ -74,22 +73,28 @@ bool tensor_fits(RnnCell cell, DType dtype, const RnnShape& s, const TensorGroup
     return group.grid || group.blocks == 1 ||
            clusters_fit(launch.kernel, group.blocks, launch.threads, launch.bytes);
   });
-  return fits && (!group.grid || tensor_at_once<Pass>(cell, dtype, s, group));
+  if (!fits) return 0;
+  if (!group.grid) return 1;
+  const int at_once = tensor_groups_at_once<Pass>(cell, dtype, s, group);
+  return at_once == 0 ? 0 : ceil_div(groups_of(s), at_once);
 }
 
 template <typename Pass>
 void tensor_launch(RnnCell cell, DType dtype, const typename Pass::Params& p, const TensorGroup& group,
                    void* stream) {
   const UnitCut cut = cut_of(p.shape, group.blocks);
-  const GridExchange between{static_cast<unsigned char*>(p.exchange), p.counters};
-  const dim3 grid = tensor_grid(p.shape, group.blocks);
+  const int groups = groups_of(p.shape);
+  const GridExchange between{static_cast<unsigned char*>(p.exchange), p.counters, groups};
+  const auto grid = [&](int count) { return dim3(grid_size(int64_t(count) * group.blocks)); };
   with_kernel(cell, dtype, cut, group, [&](auto... types) {
     const auto launch = tensor_kernel<Pass>(p.shape, cut, types...);
-    if (group.grid)
-      launch_together(launch.kernel, grid, launch.threads, launch.bytes, stream, p, cut, between);
-    else
-      launch_clusters(launch.kernel, grid, group.blocks, launch.threads, launch.bytes, stream, p, cut,
-                      between);
+    if (!group.grid)
+      return launch_clusters(launch.kernel, grid(groups), group.blocks, launch.threads, launch.bytes, stream,
+                             p, cut, between, 0);
+    const int at_once = tensor_groups_at_once<Pass>(cell, dtype, p.shape, group);
+    for (int first = 0; first < groups; first += at_once)
+      launch_together(launch.kernel, grid(std::min(at_once, groups - first)), launch.threads, launch.bytes,
+                      stream, p, cut, between, first);
   });
 }
 

@@ -77,6 +77,7 @@ def lstm(
             and 5; an Elman layer keeps no gates anyway), for the time of a forward (on a GPU, of its products
             over all steps at once). Plain PyTorch keeps what its autograd keeps.
 
+    On a GPU float32 runs in TF32 where torch's own switch for nn.LSTM allows it, as told at ``LSTM``.
     zoneout, recurrent_dropout, layer_norm and proj_size have no kernel and run on plain PyTorch. All noise
     is drawn from torch's default generator before the first step, so that a seed replays it.
 
