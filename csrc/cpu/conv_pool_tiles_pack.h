@@ -106,8 +106,10 @@ CNNRNN_INLINE vs take(vs from, vs index) {
 
 // Every `stride`-th of 32 * stride halves, from `first` on: 32 of them.
 CNNRNN_INLINE vs take_every(const Half* from, int stride, int first) {
-  vs place{}, taken{};
-  for (int i = 0; i < kTileDepth; ++i) place[i] = static_cast<int16_t>(first + i * stride);
+  vs count{}, taken{};
+#pragma GCC unroll 32
+  for (int i = 0; i < kTileDepth; ++i) count[i] = static_cast<int16_t>(i);
+  const vs place = count * static_cast<int16_t>(stride) + static_cast<int16_t>(first);
   const vs vector = place >> 5;
   for (int j = 0; j < stride; ++j)
     taken = vector == static_cast<int16_t>(j)
@@ -133,7 +135,8 @@ void tiles_pack(const ConvPoolShape& s, const T* weight, bool mirrored, float* p
   const bool in_pairs = s.channels % 2 == 0;
   for (int64_t panel = begin; panel < end; ++panel) {
     Half* const to_panel = reinterpret_cast<Half*>(packed) + panel * plan.panel_size();
-    __builtin_memset(to_panel, 0, plan.panel_size() * sizeof(Half));
+    if ((panel + 1) * kPanelOutputs > s.outputs || plan.depth % kTileDepth)
+      __builtin_memset(to_panel, 0, plan.panel_size() * sizeof(Half));
     const auto place = [&](int64_t tap, int64_t c) {  // of a channel's pair, for output 0
       const int64_t d = tap % of_run * s.channels + c;
       return to_panel + (tap / of_run * plan.steps + d / kTileDepth) * plan.step_size() +
@@ -147,6 +150,9 @@ void tiles_pack(const ConvPoolShape& s, const T* weight, bool mirrored, float* p
         const int64_t channels = smaller(kTileDepth, s.channels - c0);
         for (int64_t i = 0; i < outputs; ++i) {
           const T* const from = weight + (k + i) * of_output + c0 * of_channel;
+          // The next channels: rows of weights are too far apart for the processor to foresee them.
+          for (int64_t ahead = 0; !mirrored && ahead < kTileDepth * taps; ahead += 64 / sizeof(T))
+            __builtin_prefetch(from + kTileDepth * taps + ahead);
           for (int64_t c = 0; c < (mirrored ? channels : 1); ++c)
             stage_parts<P>(from + c * of_channel, mirrored ? taps : channels * taps, staged + c * taps,
                            kStaged);
