@@ -38,10 +38,8 @@ void run_direct(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, c
 // What computes a call in float32; null: the direct kernels.
 const PanelForward<float>* panel_kernel(const ConvPoolShape& s, bool high) {
   const auto& winograd = kernels().winograd;
-  const bool by_winograd = winograd_pays(s);
-  if (by_winograd && high && coarse_winograd_pays(s)) return &winograd.of_4;
-  if (by_winograd ? tiles_beat_winograd(s) : tiles_pay(s)) return &tiles()->f32;
-  return by_winograd ? &winograd.of_2 : nullptr;
+  if (winograd_pays(s)) return high && coarse_winograd_pays(s) ? &winograd.of_4 : &winograd.of_2;
+  return tiles_pay(s) ? &tiles()->f32 : nullptr;
 }
 
 template <typename T>

@@ -19,7 +19,7 @@ inline Tensor empty_in_order(const Tensor& t, int32_t dtype) {
 inline Tensor widened(const Tensor& t) {
   const Tensor wide = empty_in_order(t, aoti_torch_dtype_float32());
   for_elements(t.numel(), [&](int64_t first, int64_t last) {
-    widen(data<uint16_t>(t) + first, last - first, mutable_data<float>(wide) + first);
+    widen(data<Bf16>(t) + first, last - first, mutable_data<float>(wide) + first);
   });
   return wide;
 }

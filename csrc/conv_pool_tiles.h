@@ -42,11 +42,4 @@ inline bool tiles_pay(const ConvPoolShape& s) {
   return kMargin * cycles < static_cast<double>(s.kernel.h * s.kernel.w * s.channels) / 2;
 }
 
-// Whether float32 is faster there than by Winograd's algorithm, whose weights are twice as large: measured at
-// 64 to 512 channels, batches of 1 to 16.
-inline bool tiles_beat_winograd(const ConvPoolShape& s) {
-  constexpr int64_t kMostPixels = 28 * 28;
-  return tiles_serve(s) && s.channels >= 32 && s.outputs >= 32 && s.conv.h * s.conv.w <= kMostPixels;
-}
-
 }  // namespace cnnrnn
