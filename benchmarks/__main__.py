@@ -18,7 +18,7 @@ from pathlib import Path
 from cnnrnn_ext._timing import tuned_allocator_env
 
 from . import cases, limits, report, scaling
-from .peers import CONTENDERS
+from .peers import CONTENDERS, RESTRICTIONS
 
 ALLOCATORS = ("tuned", "default")  # tuned first: it is the quoted one, and the one of the whole grid
 ROUNDS = {"tuned": 5, "default": 4}
@@ -38,7 +38,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--case", default="", metavar="SUBSTRING", help='of "family name", as tables show them'
     )
     parser.add_argument("--threads", type=_numbers, default=[cores()], help="e.g. 1,2; default: all cores")
-    parser.add_argument("--scaling", action="store_true", help="only the curves over T, N, H and threads")
+    parser.add_argument("--scaling", action="store_true", help="only the curves over sizes and threads")
+    parser.add_argument(
+        "--isa", choices=RESTRICTIONS, help="hold ours, and the peers that can be, to this instruction set"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder; %(default)s")
     parser.add_argument("--worker", choices=ALLOCATORS, help=argparse.SUPPRESS)
     parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)
@@ -64,7 +67,7 @@ def work(args: argparse.Namespace) -> None:
     (threads,) = args.threads
     torch.set_num_threads(threads)
     if args.scaling:
-        scaling.measure(threads, args.quick, lambda point: _append(args.records, point))
+        scaling.measure(threads, args.quick, args.family, lambda point: _append(args.records, point))
         return
     rounds = (QUICK_ROUNDS if args.quick else ROUNDS)[args.worker]
     for case in cases.select(args.family, args.quick, args.case, args.worker):
@@ -87,9 +90,9 @@ def spawn(args: argparse.Namespace, allocator: str, threads: int) -> tuple[list[
     environment = {key: value for key, value in os.environ.items() if key not in settings}
     environment |= settings if allocator == "tuned" else {}
     # The pool of compiler processes would stay alive beside the measurement. Torch's log: the ONNX exporter
-    # warns of its own shape inference.
+    # warns of its own shape inference. Kineto's: the profiler tells of its start and end.
     environment |= {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "records.jsonl"
         command = [sys.executable, "-m", "benchmarks", "--worker", allocator, "--threads", str(threads)]
@@ -125,6 +128,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         work(args)
         return 0
+    if args.isa and not RESTRICTIONS[args.isa].items() <= os.environ.items():
+        # Each of these is read once, when a library is loaded.
+        command = [sys.executable, "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)]
+        return subprocess.run(command, check=False, env=os.environ | RESTRICTIONS[args.isa]).returncode
     start = time.perf_counter()
     machine = machine_limits(args.threads)
     records, crashes = [], []
@@ -140,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         return _scaling(args, records, machine, crashes)
     result = report.assemble(records, machine, cores(), quick=args.quick)
     result |= {"crashes": crashes, "wall_seconds": round(time.perf_counter() - start, 1)}
-    result["selection"] = "-".join(filter(None, (args.family, args.case)))
+    result["selection"] = "-".join(filter(None, (args.family, args.case, args.isa)))
     written = report.write(result, args.out) + draw(result, args.out)
     print(report.headline(result))
     print("\n".join(f"wrote {path}" for path in written))
@@ -149,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _scaling(args: argparse.Namespace, points: list[dict], machine: dict, crashes: list[str]) -> int:
     result = scaling.assemble(points, report.conditions(cores()), machine, quick=args.quick)
+    result["selection"] = "-".join(filter(None, ("scaling", args.family, args.isa)))
     written = scaling.write(result, args.out)
     try:
         from . import plot_scaling

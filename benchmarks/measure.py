@@ -19,6 +19,7 @@ from torch import Tensor
 from cnnrnn_ext._timing import CONTROL, Timings, paired
 
 from .cases import FORWARD, TRAINING, Case
+from .memory import peak_bytes
 from .peers import OURS, STOCK, Peer, Problem, Results, Run, ours, torch_run
 
 ALLOWED_ERROR = 2.0  # times torch's own
@@ -157,6 +158,8 @@ def _record(
     if any(e["ours"] > e["limit"] for e in result["errors"].values()):
         return {**result, "status": "wrong"}
     del truth
+    if phase == TRAINING:
+        result["peak_bytes"] = {name: peak_bytes(runs[name].call) for name in (OURS, STOCK)}
     variants = {}
     if case.variant:
         name, other = case.variant

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,26 @@ from .cases import FORWARD, PHASES, Case
 Results = Sequence[Tensor | np.ndarray]
 
 OURS = "cnnrnn_ext"
+# Environment of a comparison on a narrower instruction set than the machine's: ours, oneDNN, torch's own
+# kernels, MKL and torch.compile.
+RESTRICTED = "ONEDNN_MAX_CPU_ISA"
+RESTRICTIONS = {
+    "avx2": {
+        "CNNRNN_CPU_ISA": "avx2",
+        RESTRICTED: "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "TORCHINDUCTOR_CPP_SIMDLEN": "256",
+    },
+    "avx512": {
+        "CNNRNN_CPU_ISA": "avx512",
+        RESTRICTED: "AVX512_CORE",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "TORCHINDUCTOR_CPP_SIMDLEN": "512",
+    },
+}
+
 STOCK = "torch eager"  # NCHW; the one that is also compared with itself
 
 
@@ -70,7 +91,8 @@ class Run:
 class Peer:
     """``packages`` names the distributions it needs, its own first; without one of them it is skipped.
 
-    ``barred`` names the attribute of a case that says why this peer is not asked.
+    ``barred`` names the attribute of a case that says why this peer is not asked. ``restricted``: it keeps to
+    an instruction set that RESTRICTIONS ask for.
     """
 
     name: str
@@ -80,6 +102,7 @@ class Peer:
     images_only: bool = False
     quick: bool = True
     barred: str | None = None
+    restricted: bool = True
 
     def takes(self, case: Case, phase: str, quick: bool) -> bool:
         return (
@@ -92,6 +115,8 @@ class Peer:
 
     def missing(self) -> str | None:
         """Why this peer cannot run here, or None."""
+        if not self.restricted and RESTRICTED in os.environ:
+            return "cannot be held to an instruction set"
         absent = [package for package in self.packages if _version(package) is None]
         return f"{' and '.join(absent)} not installed" if absent else None
 
@@ -226,7 +251,14 @@ PEERS: tuple[Peer, ...] = (
     Peer(STOCK, _eager),
     Peer("torch channels_last", _eager_channels_last, images_only=True),
     Peer("torch.compile", _compiled, quick=False, barred="no_compile"),
-    Peer("ONNX Runtime", _onnxruntime, packages=("onnxruntime", "onnx"), phases=(FORWARD,), barred="no_onnx"),
+    Peer(
+        "ONNX Runtime",
+        _onnxruntime,
+        packages=("onnxruntime", "onnx"),
+        phases=(FORWARD,),
+        barred="no_onnx",
+        restricted=False,
+    ),
     Peer(
         "OpenVINO",
         _openvino,
@@ -234,6 +266,7 @@ PEERS: tuple[Peer, ...] = (
         phases=(FORWARD,),
         quick=False,
         barred="no_onnx",
+        restricted=False,
     ),
 )
 CONTENDERS: tuple[Peer, ...] = (Peer(OURS, ours), *PEERS)

@@ -1,4 +1,4 @@
-"""The picture of the scaling curves: a column per sweep; of each cell a row for time and one for GFLOP/s."""
+"""The picture of the scaling curves: a column per sweep; of each subject a row for time, one for GFLOP/s."""
 
 from __future__ import annotations
 
@@ -9,47 +9,45 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from .cases.rnn import CELLS, TITLES
 from .peers import OURS
 from .report import slug
-from .scaling import CLIFF, SWEEPS, curves
+from .scaling import CLIFF, SUBJECTS, curves
 
-QUANTITIES = {"us_per_step": "µs a step", "gflops": "GFLOP/s"}
+QUANTITIES = {"us_per_step": "µs a {}", "gflops": "GFLOP/s"}
 COLOURS = ("#2a7f62", "#8a8f98")  # ours, torch
 STYLES = ("-", "--", ":", "-.")  # by number of threads
 
 
 def draw(result: dict, folder: Path) -> list[Path]:
     lines = curves(result["points"])
-    cells = [cell for cell in CELLS if any(cell == key[0] for key in lines)]
-    rows = [(cell, quantity) for cell in cells for quantity in QUANTITIES]
+    subjects = [name for name in SUBJECTS if any(name == key[0] for key in lines)]
+    rows = [(name, quantity) for name in subjects for quantity in QUANTITIES]
+    columns = max(len(subject.sweeps) for subject in SUBJECTS.values())
     threads = sorted({key[2] for key in lines})
     figure, axes = plt.subplots(
         max(1, len(rows)),
-        len(SWEEPS),
-        figsize=(4.2 * len(SWEEPS), 0.9 + 2.3 * max(1, len(rows))),
+        columns,
+        figsize=(4.2 * columns, 0.9 + 2.3 * max(1, len(rows))),
         squeeze=False,
         layout="constrained",
     )
-    for row, (cell, quantity) in zip(axes, rows, strict=False):
-        for ax, sweep in zip(row, SWEEPS, strict=True):
+    for row, (name, quantity) in zip(axes, rows, strict=False):
+        for ax, sweep in zip(row, SUBJECTS[name].sweeps, strict=True):
             for key, line in lines.items():
-                if key[:2] == (cell, sweep):
+                if key[:2] == (name, sweep):
                     _line(ax, line, quantity, key, threads)
             for cliff in result["cliffs"]:
-                if (cliff["cell"], cliff["sweep"], cliff["contender"]) == (cell, sweep, OURS):
+                if (cliff["subject"], cliff["sweep"], cliff["contender"]) == (name, sweep, OURS):
                     ax.axvline(cliff["value"], color="#c0392b", linewidth=0.8)
-            _axis(ax, sweep, quantity, cell)
+            _axis(ax, sweep, quantity, name)
     handles = {h.get_label(): h for ax in axes.flat for h in ax.get_lines() if h.get_label()[0] != "_"}
     figure.legend(
         handles=list(handles.values()), loc="outside lower right", ncols=4, fontsize=8, frameon=False
     )
     c = result["conditions"]
     title = (
-        f"One layer, forward, float32, I = H; a red line is a point {CLIFF}× as slow per operation as both "
-    )
-    title += (
-        f"neighbours\n{c['cpu']}, {c['cores']} cores, kernels {c['isa']}, torch {c['torch']}, {c['date']}"
+        f"Forward, float32; a red line is a point {CLIFF}× as slow per operation as both neighbours\n"
+        f"{c['cpu']}, {c['cores']} cores, kernels {c['isa']}, torch {c['torch']}, {c['date']}"
     )
     figure.suptitle(title, fontsize=10)
     path = folder / f"{slug(result)}.png"
@@ -72,15 +70,15 @@ def _line(ax: plt.Axes, line: list[dict], quantity: str, key: tuple, threads: li
     )
 
 
-def _axis(ax: plt.Axes, sweep: str, quantity: str, cell: str) -> None:
+def _axis(ax: plt.Axes, sweep: str, quantity: str, subject: str) -> None:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     if quantity == "us_per_step":
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=0)
-    ax.set_title(f"{TITLES[cell]}, {sweep}", loc="left", fontsize=9)
-    ax.set_ylabel(QUANTITIES[quantity], fontsize=8)
+    ax.set_title(f"{SUBJECTS[subject].title}, {sweep}", loc="left", fontsize=9)
+    ax.set_ylabel(QUANTITIES[quantity].format(SUBJECTS[subject].unit), fontsize=8)
     ax.tick_params(labelsize=7)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)

@@ -31,8 +31,10 @@ torch's own, worst tensor; right is up to 2 and the rounding of the largest valu
 more. With narrow weights it is the largest error over the largest value, and the limit. torch eager is NCHW.
 Training is forward and backward of every parameter and, unless the input is an image of at most 3 channels,
 of the input; forward runs under no_grad. ONNX Runtime and OpenVINO have their operands bound once. Sizes are
-steps T, batch N, input I, hidden H. Beside ours: ours on the padded sequence of which a variable one needs
-fewer steps (padded steps over needed ones in brackets), or ours in float32; its time over ours, no peer."""
+steps T, batch N, input I, hidden H. Memory: the most that a training step takes at a time beside parameters
+and input, ours, and ours over torch eager's. Beside ours: ours on the padded sequence of which a variable one
+needs fewer steps (padded steps over needed ones in brackets), or ours in float32; its time over ours, no
+peer."""
 
 
 def assemble(records: list[dict], machine: dict, cores: int, quick: bool) -> dict:
@@ -286,6 +288,7 @@ def _groups(records: Iterable[dict]) -> list[tuple[str, list[dict]]]:
 def _table(records: list[dict]) -> str:
     peers = [p.name for p in PEERS if any(p.name in r.get("ratios", {}) for r in records)]
     beside = ["beside ours"] if any("variant" in r for r in records) else []
+    memory = ["memory"] if any("peak_bytes" in r for r in records) else []
     head = [
         "case",
         OURS,
@@ -293,6 +296,7 @@ def _table(records: list[dict]) -> str:
         "best peer / ours",
         "",
         *beside,
+        *memory,
         "control",
         "FMA",
         "read",
@@ -300,14 +304,14 @@ def _table(records: list[dict]) -> str:
         "kernels",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 2) + "---|"]
-    lines += ["| " + " | ".join(_row(record, peers, beside)) + " |" for record in records]
+    lines += ["| " + " | ".join(_row(record, peers, beside, memory)) + " |" for record in records]
     return "\n".join(lines)
 
 
-def _row(record: dict, peers: list[str], beside: list[str]) -> list[str]:
+def _row(record: dict, peers: list[str], beside: list[str], memory: list[str]) -> list[str]:
     ran = ", ".join(record["kernels"]) or "not traced"
     if record["status"] == "wrong":
-        none, empty = ["–"] * (len(peers) + 1), ["–"] * (len(beside) + 3)
+        none, empty = ["–"] * (len(peers) + 1), ["–"] * (len(beside) + len(memory) + 3)
         return [record["case"], "not timed", *none, "**wrong**", *empty, worst_error(record), ran]
     times = record["contenders"]
     cells = [
@@ -322,6 +326,7 @@ def _row(record: dict, peers: list[str], beside: list[str]) -> list[str]:
         f"{record['best_peer']} {_spread(record['ratios'][record['best_peer']])}",
         f"**{verdict(record)}**",
         *([_beside(record)] if beside else []),
+        *([_memory(record)] if memory else []),
         f"{record['control']['median']:.3f}",
         f"{100 * fractions['fma']:.0f} %" if "fma" in fractions else "–",
         f"{100 * fractions['read']:.0f} % {fractions['read_level']}" if "read" in fractions else "–",
@@ -337,6 +342,14 @@ def _beside(record: dict) -> str:
     name, cost = record["variant"]["name"], record["variant"]["cost"]
     text = f"{name} {record['ratios'][f'{OURS} {name}']['median']:.2f}"
     return text + (f" (steps {cost:.2f})" if cost else "")
+
+
+def _memory(record: dict) -> str:
+    """Peak of the step, ours, and ours over stock's: ``12.3 MB (0.21)``."""
+    if "peak_bytes" not in record:
+        return "–"
+    ours, stock = record["peak_bytes"][OURS], record["peak_bytes"][STOCK]
+    return f"{ours / 1e6:.1f} MB ({ours / stock:.2f})"
 
 
 def _error_cell(record: dict) -> str:

@@ -1,17 +1,20 @@
-"""``python -m benchmarks --scaling``: forward time over T, N, H and threads, ours and torch's, and cliffs.
+"""``python -m benchmarks --scaling``: forward time over sizes and threads, ours and torch's, and cliffs.
 
-A cliff is a point that takes CLIFF times as long per operation as both of its neighbours: a size that falls
-off the fast path, not a curve that bends.
+Recurrent layers over T, N and H; the convolution block over batch, channels and image size. A cliff is a
+point that takes CLIFF times as long per operation as both of its neighbours: a size that falls off the fast
+path, not a curve that bends.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import report
-from .cases import FORWARD, RNNCase
+from .cases import FORWARD, Case, ConvPoolCase, RNNCase
 from .cases.rnn import CELLS, TITLES
 from .measure import record
 from .peers import CONTENDERS, OURS, STOCK
@@ -21,7 +24,8 @@ ROUNDS = 3
 CURVES = (OURS, STOCK)
 
 # What stands still, what is swept, and its values: sizes beside multiples of a vector are among them.
-SWEEPS: dict[str, tuple[dict[str, int], str, tuple[int, ...]]] = {
+Sweeps = dict[str, tuple[dict[str, int], str, tuple[int, ...]]]
+RECURRENT: Sweeps = {
     "T at N16 H256": ({"n": 16, "h": 256}, "t", (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)),
     "N at T32 H256": (
         {"t": 32, "h": 256},
@@ -39,34 +43,85 @@ SWEEPS: dict[str, tuple[dict[str, int], str, tuple[int, ...]]] = {
         (16, 32, 48, 64, 96, 100, 128, 129, 160, 200, 256, 257, 320, 384, 512, 650, 768),
     ),
 }
+CONVOLUTION: Sweeps = {
+    "N at 64 → 64, 56²": ({"c": 64, "s": 56}, "n", (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)),
+    "C at N8, 28²": (
+        {"n": 8, "s": 28},
+        "c",
+        (4, 8, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 130, 192, 256, 384, 512),
+    ),
+    "S at N8, 64 → 64": (
+        {"n": 8, "c": 64},
+        "s",
+        (6, 7, 8, 10, 13, 14, 15, 16, 20, 27, 28, 29, 32, 48, 56, 57, 64, 96, 112),
+    ),
+    "S at N16, 3 → 32": (
+        {"n": 16, "c": 3, "k": 32},
+        "s",
+        (8, 12, 16, 20, 28, 31, 32, 33, 48, 56, 64, 96, 112, 113, 128, 224),
+    ),
+}
 
 
-def points(quick: bool) -> Iterator[tuple[str, int, RNNCase]]:
-    """(sweep, value, case); every third value of the LSTM in --quick."""
-    for cell in CELLS[:1] if quick else CELLS:
-        for sweep, (fixed, swept, values) in SWEEPS.items():
+@dataclass(frozen=True)
+class Subject:
+    """What curves are of: its cases by size, and what their times are divided by."""
+
+    title: str
+    family: str
+    sweeps: Sweeps
+    case: Callable[[dict[str, int]], Case]
+    unit: str
+    units: str  # the size that is their number
+
+
+def _recurrent(cell: str, size: dict[str, int]) -> RNNCase:
+    return RNNCase(cell, size["t"], size["n"], size["h"], size["h"])
+
+
+def _convolution(size: dict[str, int]) -> ConvPoolCase:
+    return ConvPoolCase(size["n"], size["c"], size["s"], size.get("k", size["c"]), padding=1)
+
+
+SUBJECTS = {
+    cell: Subject(TITLES[cell], cell, RECURRENT, functools.partial(_recurrent, cell), "step", "t")
+    for cell in CELLS
+} | {
+    "conv_pool": Subject("3×3 + pool 2", ConvPoolCase.family, CONVOLUTION, _convolution, "image", "n"),
+}
+
+
+def points(quick: bool, family: str | None = None) -> Iterator[tuple[str, str, int, Case, int]]:
+    """(subject, sweep, value, case, steps or images).
+
+    With --quick every third value, and of the cells the LSTM alone.
+    """
+    for name, subject in SUBJECTS.items():
+        if family not in (None, subject.family) or (quick and name in CELLS[1:]):
+            continue
+        for sweep, (fixed, swept, values) in subject.sweeps.items():
             for value in values[:: 3 if quick else 1]:
                 size = fixed | {swept: value}
-                yield sweep, value, RNNCase(cell, size["t"], size["n"], size["h"], size["h"])
+                yield name, sweep, value, subject.case(size), size[subject.units]
 
 
-def measure(threads: int, quick: bool, found: Callable[[dict], None]) -> None:
+def measure(threads: int, quick: bool, family: str | None, found: Callable[[dict], None]) -> None:
     """Measures every point in this process and hands each to ``found``."""
     contenders = [peer for peer in CONTENDERS if peer.name in CURVES]
-    for sweep, value, case in points(quick):
+    for name, sweep, value, case, steps in points(quick, family):
         result = record(case, FORWARD, threads, report.QUOTED, contenders, ROUNDS)
-        found({**result, "sweep": sweep, "value": value, "cell": case.cell, "steps": case.t})
+        found({**result, "sweep": sweep, "value": value, "subject": name, "steps": steps})
         print(report.one_line(result), flush=True)
 
 
 def curves(measured: Iterable[dict]) -> dict[tuple[str, str, int, str], list[dict]]:
-    """{(cell, sweep, threads, contender): its points in order}, wrong and void ones left out."""
+    """{(subject, sweep, threads, contender): its points in order}, wrong and void ones left out."""
     result: dict[tuple[str, str, int, str], list[dict]] = {}
     for point in measured:
         if point["status"] == "ok":
             for name in CURVES:
                 ms = point["contenders"][name]["median_ms"]
-                key = (point["cell"], point["sweep"], point["threads"], name)
+                key = (point["subject"], point["sweep"], point["threads"], name)
                 result.setdefault(key, []).append(
                     {
                         "value": point["value"],
@@ -80,11 +135,11 @@ def curves(measured: Iterable[dict]) -> dict[tuple[str, str, int, str], list[dic
 def cliffs(measured: Iterable[dict]) -> list[dict]:
     """Points of which the cost of an operation is CLIFF times that of both neighbours, ours and torch's."""
     found = []
-    for (cell, sweep, threads, name), line in curves(measured).items():
+    for (subject, sweep, threads, name), line in curves(measured).items():
         for before, here, after in zip(line, line[1:], line[2:], strict=False):
             slower = min(before["gflops"], after["gflops"]) / here["gflops"]
             if slower >= CLIFF:
-                place = {"cell": cell, "sweep": sweep, "threads": threads, "contender": name}
+                place = {"subject": subject, "sweep": sweep, "threads": threads, "contender": name}
                 found.append({**place, "value": here["value"], "slower": slower})
     return found
 
@@ -112,7 +167,7 @@ def headline(result: dict) -> str:
         f"{len(result['cliffs']) - len(ours)} of torch's."
     )
     lines += [
-        f"CLIFF: {TITLES[c['cell']]}, {c['sweep']}, at {c['value']}, {c['threads']} thread(s): "
+        f"CLIFF: {SUBJECTS[c['subject']].title}, {c['sweep']}, at {c['value']}, {c['threads']} thread(s): "
         f"{c['slower']:.2f}×"
         for c in ours
     ]
@@ -129,10 +184,10 @@ def write(result: dict, folder: Path) -> list[Path]:
         "# Scaling, forward",
         headline(result).replace("\n", "\n\n"),
         f"Conditions: {c['cpu']}, {c['cores']} cores, {c['system']}; kernels {c['isa']}; torch {c['torch']}; "
-        f"{c['date']}; float32, tuned allocator, I = H, one layer. Ours and torch eager are timed in turns "
-        "and checked against float64 first, as everywhere in these benchmarks.",
+        f"{c['date']}; float32, tuned allocator; recurrent layers with I = H. Ours and torch "
+        "eager are timed in turns and checked against float64 first, as everywhere in these benchmarks.",
         report.limits_table(result["limits"]),
-        f"![time of a step and GFLOP/s over T, N, H and threads]({name}.png)",
+        f"![time of a step or an image and GFLOP/s over sizes and threads]({name}.png)",
     ]
     text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [data, text]

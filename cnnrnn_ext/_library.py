@@ -23,7 +23,7 @@ _FULL = (torch.float32, torch.float64)
 # (functional casts float16, and for cells bfloat16, to float32 and back around the recurrent CPU kernels.)
 # What is missing here runs on the reference.
 COVERAGE = {
-    "conv_pool2d": ("conv_pool2d", {"cpu": _FULL, "cuda": DTYPES}),
+    "conv_pool2d": ("conv_pool2d", {"cpu": (*_FULL, torch.bfloat16), "cuda": DTYPES}),
     "lstm": ("rnn", {"cpu": DTYPES, "cuda": DTYPES}),
     "gru": ("rnn", {"cpu": DTYPES, "cuda": DTYPES}),
     "rnn": ("rnn", {"cpu": DTYPES, "cuda": DTYPES}),

@@ -7,7 +7,7 @@ written out, because autograd is switched off below the dispatcher.
 import torch
 import torch.nn.functional as F
 
-from cnnrnn_ext import reference
+from cnnrnn_ext import _library, reference
 
 DEAD = 255  # the code of an output that passes no gradient
 KEPT = ("gelu", "silu")  # their derivative does not follow from their value
@@ -58,13 +58,33 @@ def winograd_serves(x, weight, stride, dilation, groups):
     """
     return (
         x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and x.dtype in (torch.float32, torch.bfloat16)
         and tuple(weight.shape[2:]) == (3, 3)
         and tuple(stride) == tuple(dilation) == (1, 1)
         and groups == 1
         and weight.shape[1] >= 8
         and weight.shape[0] >= 4
     )
+
+
+def tiles_serve(x, weight, groups):
+    """Whether the CPU has tile registers, and kernels on them that are made for this convolution.
+
+    csrc/conv_pool_tiles.h has the rule for float32, which looks at all sizes.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and has_tiles()
+        and groups == 1
+        and weight.shape[1] >= 32
+        and weight.shape[2] * weight.shape[3] <= 64
+    )
+
+
+def has_tiles():
+    module = _library.build_module()
+    return module is not None and module.active_isa() == "amx"
 
 
 def _corners(y, pool_stride, pool_padding):

@@ -1,20 +1,13 @@
 // conv_pool on the CPU: check -> allocate -> pack -> call the kernels in parallel.
 
-#include <algorithm>
-#include <limits>
-
+#include "conv_pool_arguments.h"
 #include "conv_pool_average.h"
+#include "conv_pool_half.h"
+#include "conv_pool_tiles.h"
 #include "conv_pool_winograd.h"
-#include "cpu/capability.h"
-#include "cpu/conv_pool.h"
-#include "slices.h"
 
 namespace cnnrnn {
 namespace {
-
-using Ints = std::vector<int64_t>;
-
-const ConvPoolKernels& kernels() { return CNNRNN_ACTIVE_TABLE(conv_pool); }
 
 template <typename T>
 const ConvPoolKernelsOf<T>& kernels_of();
@@ -25,158 +18,6 @@ const ConvPoolKernelsOf<float>& kernels_of<float>() {
 template <>
 const ConvPoolKernelsOf<double>& kernels_of<double>() {
   return kernels().f64;
-}
-
-// The arguments that every form of the operator shares.
-struct Config {
-  Ints stride, padding, dilation;
-  int64_t groups;
-  std::string activation, pool;
-  Ints window, step, margin;
-  bool ceil_mode;
-  std::string precision = "highest";
-};
-
-Pair pair(const char* name, const Ints& values, int64_t least) {
-  check(values.size() == 2, name, ": expected 2 values, got ", values.size());
-  // The upper bound keeps every product and sum of sizes below within int64.
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  for (int64_t value : values)
-    check(value >= least && value <= most, name, ": expected values from ", least, " to ", most, ", got (",
-          values[0], ", ", values[1], ")");
-  return {values[0], values[1]};
-}
-
-int64_t convolved(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
-  return span < 0 ? 0 : span / stride + 1;
-}
-
-// torch's rule: in ceil_mode the last window may hang over, but must begin inside.
-int64_t pooled(int64_t size, int64_t window, int64_t step, int64_t margin, bool ceil_mode) {
-  const int64_t span = size + 2 * margin - window + (ceil_mode ? step - 1 : 0);
-  if (span < 0) return 0;
-  const int64_t count = span / step + 1;
-  return ceil_mode && (count - 1) * step >= size + margin ? count - 1 : count;
-}
-
-Tensor in_layout(const Tensor& t, bool channels_last) {
-  if (channels_last ? is_channels_last(t) : t.is_contiguous()) return t;
-  return torch::stable::contiguous(t, channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                                    : torch::headeronly::MemoryFormat::Contiguous);
-}
-
-Tensor empty_image(const Tensor& like, const ConvPoolShape& s, int64_t channels, Pair size,
-                   ScalarType dtype) {
-  if (!s.channels_last && dtype == like.scalar_type())
-    return new_dense(like, {s.batch, channels, size.h, size.w});
-  const auto format = s.channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                      : torch::headeronly::MemoryFormat::Contiguous;
-  return torch::stable::empty({s.batch, channels, size.h, size.w}, dtype, torch::headeronly::Layout::Strided,
-                              like.device(), false, format);
-}
-
-// What nothing depends on is made small, for scratch memory grows with it: the stride of one convolution
-// output, the step of one window, the dilation of one tap.
-void simplify(int64_t kernel, int64_t conv, int64_t window, int64_t pooled, int64_t& stride,
-              int64_t& dilation, int64_t& step) {
-  if (kernel == 1) dilation = 1;
-  if (conv == 1) stride = 1;
-  if (pooled == 1) step = std::min(step, window);
-}
-
-// The kernels keep offsets within a pooling window in 32 bits, sizes of scratch memory in 64. Products of
-// sizes may not fit even those, so the check itself is in floating point.
-void check_extents(const ConvPoolShape& s) {
-  const auto length = [](int64_t size, int64_t padding, int64_t margin, int64_t window, int64_t stride) {
-    return static_cast<double>(size) + 2.0 * padding + static_cast<double>(2 * margin + window) * stride;
-  };
-  const double height = length(s.input.h, s.padding.h, s.margin.h, s.window.h, s.stride.h);
-  const double width = length(s.input.w, s.padding.w, s.margin.w, s.window.w, s.stride.w);
-  constexpr double kOfSlab = 32;  // channels side by side
-  constexpr double kMostBytes = 1e15;
-  check((static_cast<double>(s.window.h - 1) * s.stride.h + 1) * width * kOfSlab <
-                std::numeric_limits<int32_t>::max() &&
-            height * width * std::max<int64_t>(s.channels, 32) * sizeof(double) < kMostBytes,
-        "x: with padding (", s.padding.h, ", ", s.padding.w, "), stride (", s.stride.h, ", ", s.stride.w,
-        ") and pool_size (", s.window.h, ", ", s.window.w, ") it is too large for the CPU kernels, got ",
-        "size (", s.input.h, ", ", s.input.w, ")");
-}
-
-// What a call asks for.
-struct Call {
-  ConvPoolShape shape;
-  int activation;  // row of the table, relu's too, or kNoActivation
-  bool average;
-  bool high;  // of precision: the faster algorithm with the larger error
-
-  // Whether the derivative of the activation follows from its value.
-  bool of_output() const {
-    return activation == kNoActivation || kernels().f32.activations[activation].of_output;
-  }
-};
-
-int find_activation(const std::string& name) {
-  if (name == "none") return kNoActivation;
-  const auto& table = kernels().f32;
-  for (int row = 0; row < table.activation_count; ++row)
-    if (name == table.activations[row].name) return row;
-  check(false, "activation: expected 'none' or the name of an activation, got '", name, "'");
-  return kNoActivation;
-}
-
-Call check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Config& c) {
-  check(x.dim() == 4, "x: expected shape [N, C, H, W], got ", shape(x));
-  check(weight.dim() == 4, "weight: expected shape [K, C/groups, KH, KW], got ", shape(weight));
-  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
-        "x: the CPU kernels of conv_pool2d take float32 or float64");
-  check_like("weight", weight, "x", x);
-  check(x.size(2) > 0 && x.size(3) > 0, "x: expected a non-zero height and width, got ", shape(x));
-  check(c.groups > 0, "groups: expected a positive number, got ", c.groups);
-  check(x.size(1) == weight.size(1) * c.groups, "x: expected ", weight.size(1) * c.groups,
-        " channels for weight ", shape(weight), " and groups=", c.groups, ", got ", shape(x));
-  check(weight.size(0) % c.groups == 0, "weight: its ", weight.size(0),
-        " outputs are not divisible by groups=", c.groups);
-  check(weight.numel() > 0, "weight: expected non-zero sizes, got ", shape(weight));
-  if (bias) {
-    check_like("bias", *bias, "x", x);
-    check_shape("bias", *bias, {weight.size(0)});
-  }
-  check(c.pool == "max" || c.pool == "avg", "pool: the CPU kernels cover 'max' and 'avg', got '", c.pool,
-        "'");
-  check(c.precision == "highest" || c.precision == "high", "precision: expected 'highest' or 'high', got '",
-        c.precision, "'");
-  Call call{{}, find_activation(c.activation), c.pool == "avg", c.precision == "high"};
-  ConvPoolShape& s = call.shape;
-  s.batch = x.size(0), s.channels = x.size(1), s.outputs = weight.size(0), s.groups = c.groups;
-  s.input = {x.size(2), x.size(3)};
-  s.kernel = {weight.size(2), weight.size(3)};
-  s.stride = pair("stride", c.stride, 1);
-  s.padding = pair("padding", c.padding, 0);
-  s.dilation = pair("dilation", c.dilation, 1);
-  s.window = pair("pool_size", c.window, 1);
-  s.step = pair("pool_stride", c.step, 1);
-  s.margin = pair("pool_padding", c.margin, 0);
-  check(s.positions() <= kDead, "pool_size: expected at most ", int{kDead}, " positions, got ",
-        s.positions());
-  check(2 * s.margin.h <= s.window.h && 2 * s.margin.w <= s.window.w,
-        "pool_padding: expected at most half of pool_size");
-  s.conv = {convolved(s.input.h, s.kernel.h, s.stride.h, s.padding.h, s.dilation.h),
-            convolved(s.input.w, s.kernel.w, s.stride.w, s.padding.w, s.dilation.w)};
-  check(s.conv.h > 0 && s.conv.w > 0, "x: the kernel ", shape(weight), " is larger than the padded input ",
-        shape(x));
-  s.pooled = {pooled(s.conv.h, s.window.h, s.step.h, s.margin.h, c.ceil_mode),
-              pooled(s.conv.w, s.window.w, s.step.w, s.margin.w, c.ceil_mode)};
-  check(s.pooled.h > 0 && s.pooled.w > 0, "pool_size: the window (", s.window.h, ", ", s.window.w,
-        ") is larger than the convolution's output (", s.conv.h, ", ", s.conv.w, ")");
-  simplify(s.kernel.h, s.conv.h, s.window.h, s.pooled.h, s.stride.h, s.dilation.h, s.step.h);
-  simplify(s.kernel.w, s.conv.w, s.window.w, s.pooled.w, s.stride.w, s.dilation.w, s.step.w);
-  check_extents(s);
-  s.relu = c.activation == "relu";
-  s.activation = s.relu ? kNoActivation : call.activation;
-  s.keyed = !call.of_output() && s.positions() > 1;
-  s.channels_last = is_channels_last(x);
-  return call;
 }
 
 // Images [from, to).
@@ -194,18 +35,21 @@ void run_direct(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, c
             });
 }
 
+// What computes a call in float32; null: the direct kernels.
+const PanelForward<float>* panel_kernel(const ConvPoolShape& s, bool high) {
+  const auto& winograd = kernels().winograd;
+  if (winograd_pays(s)) return high && coarse_winograd_pays(s) ? &winograd.of_4 : &winograd.of_2;
+  return tiles_pay(s) ? &tiles()->f32 : nullptr;
+}
+
 template <typename T>
 void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                  bool high, const Outputs& out) {
   if constexpr (std::is_same_v<T, float>) {
-    if (winograd_pays(s)) {
-      const auto& winograd = kernels().winograd;
-      const auto& kernel = high && coarse_winograd_pays(s) ? winograd.of_4 : winograd.of_2;
-      const Tensor packed = packed_winograd(winograd, kernel, s, weight, false);
-      run_winograd(winograd, kernel, s, x, packed, bias, out,
-                   [&](int64_t from, int64_t to) { run_direct<float>(s, x, weight, bias, out, from, to); });
-      return;
-    }
+    if (const auto* kernel = panel_kernel(s, high))
+      return run_panels<float>(
+          *kernel, s, x, weight, false, on_tiles(kernel), data<float>(get(bias)), out,
+          [&](int64_t from, int64_t to) { run_direct<float>(s, x, weight, bias, out, from, to); });
   }
   run_direct<T>(s, x, weight, bias, out, 0, s.batch);
 }
@@ -248,36 +92,73 @@ void run_any_forward(const Call& call, const Tensor& x, const Tensor& weight, co
   run_average(kernels_of<T>(), call.shape, call.of_output() ? kNoActivation : call.activation, *map, *out.y);
 }
 
-// y, and for a backward pass code and what is kept of the map, where there is any: see operators.schema.
-std::tuple<Tensor, OptionalTensor, OptionalTensor> forward(const Tensor& x_any, const Tensor& weight_any,
-                                                           const OptionalTensor& bias_any,
-                                                           const Config& config, bool train) {
+struct Results {
+  Tensor y;
+  OptionalTensor code, kept;  // for a backward pass, where there are any: see operators.schema
+};
+
+Results empty_results(const Call& call, const Tensor& x, bool train) {
+  const ConvPoolShape& s = call.shape;
+  const auto image = [&](ScalarType dtype) { return empty_image(x, s, s.outputs, s.pooled, dtype); };
+  Results r{image(x.scalar_type()), std::nullopt, std::nullopt};
+  if (train && !call.average) {
+    r.code = image(ScalarType::Byte);
+    if (!call.of_output()) r.kept = image(x.scalar_type());
+  }
+  return r;
+}
+
+Results forward(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& bias_any,
+                const Config& config, bool train);
+
+// bfloat16: on tile registers, or by way of float32.
+Results forward_half(const Call& call, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                     const Config& config, bool train) {
+  const ConvPoolShape& s = call.shape;
+  const auto by_float = [&] {
+    Results r = forward(widened(x), widened(weight), widened(bias), config, train);
+    return Results{rounded(r.y), r.code, rounded(r.kept)};
+  };
+  if (call.average || !tiles_serve(s)) return by_float();
+  const Results r = empty_results(call, x, train);
+  const OptionalTensor shift = widened(bias);
+  const auto& kernel = tiles()->bf16;
+  std::optional<Results> again;
+  run_panels<uint16_t>(kernel, s, x, weight, false, true, data<float>(get(shift)),
+                       {&r.y, get(r.code), get(r.kept)}, [&](int64_t from, int64_t to) {
+                         if (!again) again = by_float();
+                         copy_images(again->y, r.y, from, to);
+                         if (r.code) copy_images(*again->code, *r.code, from, to);
+                         if (r.kept) copy_images(*again->kept, *r.kept, from, to);
+                       });
+  return r;
+}
+
+Results forward(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& bias_any,
+                const Config& config, bool train) {
   const Call call = check_arguments(x_any, weight_any, bias_any, config);
   const ConvPoolShape& s = call.shape;
   const Tensor x = in_layout(x_any, s.channels_last), weight = in_layout(weight_any, false);
   OptionalTensor bias;
   if (bias_any) bias = dense(*bias_any);
-  const ScalarType dtype = x.scalar_type();
-  const Tensor y = empty_image(x, s, s.outputs, s.pooled, dtype);
-  OptionalTensor code, kept, map;
-  if (train && !call.average) {
-    code = empty_image(x, s, s.outputs, s.pooled, ScalarType::Byte);
-    if (!call.of_output()) kept = empty_image(x, s, s.outputs, s.pooled, dtype);
-  }
-  if (call.average) map = empty_image(x, s, s.outputs, s.conv, dtype);
-  const auto run = dtype == ScalarType::Float ? run_any_forward<float> : run_any_forward<double>;
-  run(call, x, weight, bias, get(map), {&y, get(code), get(kept)});
-  if (train && call.activation != kNoActivation && map) kept = map;
-  return {y, code, kept};
+  if (is_half(x)) return forward_half(call, x, weight, bias, config, train);
+  Results r = empty_results(call, x, train);
+  OptionalTensor map;
+  if (call.average) map = empty_image(x, s, s.outputs, s.conv, x.scalar_type());
+  const auto run = x.scalar_type() == ScalarType::Float ? run_any_forward<float> : run_any_forward<double>;
+  run(call, x, weight, bias, get(map), {&r.y, get(r.code), get(r.kept)});
+  if (train && call.activation != kNoActivation && map) r.kept = map;
+  return r;
 }
 
 Tensor conv_pool2d(Tensor x, Tensor weight, OptionalTensor bias, Ints stride, Ints padding, Ints dilation,
                    int64_t groups, Text activation, Text pool, Ints pool_size, Ints pool_stride,
                    Ints pool_padding, bool ceil_mode, Text precision) {
-  return std::get<0>(forward(x, weight, bias,
-                             {stride, padding, dilation, groups, activation.take(), pool.take(), pool_size,
-                              pool_stride, pool_padding, ceil_mode, precision.take()},
-                             false));
+  return forward(x, weight, bias,
+                 {stride, padding, dilation, groups, activation.take(), pool.take(), pool_size, pool_stride,
+                  pool_padding, ceil_mode, precision.take()},
+                 false)
+      .y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_pool2d_train(Tensor x, Tensor weight, OptionalTensor bias,
@@ -327,17 +208,22 @@ void check_backward(const Call& call, const Tensor& grad_y, const Tensor& x, con
   check_shape("kept", *kept, call.average ? map : out);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y, Tensor x_any, Tensor weight_any,
-                                                        OptionalTensor bias, Tensor code_any,
-                                                        OptionalTensor kept_any, Ints stride, Ints padding,
-                                                        Ints dilation, int64_t groups, Text activation,
-                                                        Text pool, Ints pool_size, Ints pool_stride,
-                                                        Ints pool_padding, bool ceil_mode, bool need_x,
-                                                        bool need_weight, bool need_bias, Text precision) {
-  const Call call = check_arguments(x_any, weight_any, bias,
-                                    {stride, padding, dilation, groups, activation.take(), pool.take(),
-                                     pool_size, pool_stride, pool_padding, ceil_mode, precision.take()});
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& x_any,
+                                            const Tensor& weight_any, const OptionalTensor& bias,
+                                            const Tensor& code_any, const OptionalTensor& kept_any,
+                                            const Config& config, bool need_x, bool need_weight,
+                                            bool need_bias) {
+  const Call call = check_arguments(x_any, weight_any, bias, config);
   check_backward(call, grad_y, x_any, code_any, kept_any);
+  if (is_half(x_any)) {
+    const bool last = call.shape.channels_last;
+    const auto wide = [&](const Tensor& t) { return widened(in_layout(t, last && t.dim() == 4)); };
+    const auto [x, weight, b] = backward(wide(grad_y), wide(x_any), widened(in_layout(weight_any, false)),
+                                         bias ? OptionalTensor(widened(dense(*bias))) : bias, code_any,
+                                         kept_any ? OptionalTensor(wide(*kept_any)) : kept_any, config,
+                                         need_x, need_weight, need_bias);
+    return {rounded(x), rounded(weight), rounded(b)};
+  }
   const ConvPoolShape s = call.average ? without_pool(call.shape, true) : call.shape;
   OptionalTensor kept;
   if (kept_any) kept = in_layout(*kept_any, s.channels_last);
@@ -354,9 +240,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y, Tensor x_
   if (need_x) {
     const Tensor weight = in_layout(weight_any, false);
     grad_x = empty_image(grad, s, s.channels, s.input, grad.scalar_type());
-    if (dense)
-      run_winograd_input(kernels().winograd, s, alive, weight, grad_x, run_direct<float>);
-    else
+    if (dense) {
+      const auto* kernel = panel_kernel(input_gradient_shape(s), false);
+      run_dense_input(*kernel, on_tiles(kernel), s, alive, weight, grad_x, run_direct<float>);
+    } else
       (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad, weight, code, grad_x);
   }
   if (need_weight || need_bias) {
@@ -371,6 +258,17 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y, Tensor x_
     if (!done) run(s, grad, x, code, of_weight, of_bias);
   }
   return {grad_x, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
+    Tensor grad_y, Tensor x, Tensor weight, OptionalTensor bias, Tensor code, OptionalTensor kept,
+    Ints stride, Ints padding, Ints dilation, int64_t groups, Text activation, Text pool, Ints pool_size,
+    Ints pool_stride, Ints pool_padding, bool ceil_mode, bool need_x, bool need_weight, bool need_bias,
+    Text precision) {
+  return backward(grad_y, x, weight, bias, code, kept,
+                  {stride, padding, dilation, groups, activation.take(), pool.take(), pool_size, pool_stride,
+                   pool_padding, ceil_mode, precision.take()},
+                  need_x, need_weight, need_bias);
 }
 
 }  // namespace

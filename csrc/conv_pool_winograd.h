@@ -2,10 +2,8 @@
 #pragma once
 
 #include <atomic>
-#include <cmath>
 
-#include "cpu/conv_pool.h"
-#include "slices.h"
+#include "conv_pool_panels.h"
 
 namespace cnnrnn {
 
@@ -28,83 +26,6 @@ inline bool coarse_winograd_pays(const ConvPoolShape& s) {
     return (s.conv.h + edge - 1) / edge * ((s.conv.w + edge - 1) / edge);
   };
   return s.channels >= 16 && 36 * tiles(4) < 16 * tiles(2);
-}
-
-// Whether threads share the outputs of a call rather than its units of tiles: each then transforms all
-// inputs, but reads only its part of what belongs to the outputs: U, or the sums of a gradient. The unit of
-// this estimate is one unit's product with an output panel; `pass`: what a panel costs for each group of
-// units beside it.
-inline bool shares_outputs(int64_t units, int64_t panels, double pass) {
-  constexpr double kTransform = 2.5;
-  const auto cost = [&](double units, double panels) {
-    return units * (panels + kTransform) + pass * panels * std::ceil(units / 4);
-  };
-  const double threads = torch::stable::get_num_threads();
-  return cost(units, std::ceil(panels / threads)) < cost(std::ceil(units / threads), panels);
-}
-
-// One parallel region over units or output panels: calls body(slice, begin, end, out_begin, out_end,
-// scratch).
-template <typename Body>
-void in_winograd_slices(const Tensor& like, int64_t units, int64_t panels, bool by_outputs,
-                        int64_t scratch_bytes, const Body& body) {
-  in_slices(like, by_outputs ? panels : units, scratch_bytes,
-            [&](int64_t slice, int64_t begin, int64_t end, char* scratch) {
-              if (by_outputs)
-                body(slice, 0, units, begin, end, scratch);
-              else
-                body(slice, begin, end, 0, panels, scratch);
-            });
-}
-
-inline Tensor packed_winograd(const WinogradKernels& kernels, const WinogradForward& kernel,
-                              const ConvPoolShape& s, const Tensor& weight, bool mirrored) {
-  Tensor packed = empty_like_of(weight, {kernel.packed_size(s)});
-  in_slices(weight, kernels.output_panels(s), 0, [&](int64_t, int64_t begin, int64_t end, char*) {
-    kernel.pack(s, data<float>(weight), mirrored, mutable_data<float>(packed), begin, end);
-  });
-  return packed;
-}
-
-// What a forward call writes; code and kept may be null.
-struct Outputs {
-  const Tensor* y;
-  const Tensor* code;
-  const Tensor* kept;
-
-  template <typename T>
-  T* y_data() const {
-    return mutable_data<T>(*y);
-  }
-  uint8_t* code_data() const { return code ? mutable_data<uint8_t>(*code) : nullptr; }
-  template <typename T>
-  T* kept_data() const {
-    return kept ? mutable_data<T>(*kept) : nullptr;
-  }
-};
-
-// Images whose outputs are not all finite are computed again, by direct(from, to): the transforms turn one
-// inf into NaN all over a tile. Whether that happens depends on nothing but the image.
-template <typename Direct>
-void run_winograd(const WinogradKernels& kernels, const WinogradForward& kernel, const ConvPoolShape& s,
-                  const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const Outputs& out,
-                  const Direct& direct) {
-  std::vector<uint8_t> not_finite(s.batch);
-  const int64_t units = kernel.units(s), panels = kernels.output_panels(s);
-  constexpr double kReadsWeights = 0.5;
-  in_winograd_slices(
-      x, units, panels, shares_outputs(units, panels, kReadsWeights), kernel.scratch_bytes(s),
-      [&](int64_t, int64_t begin, int64_t end, int64_t out_begin, int64_t out_end, char* scratch) {
-        kernel.run(s, data<float>(x), data<float>(packed), data<float>(get(bias)), out.y_data<float>(),
-                   out.code_data(), out.kept_data<float>(), not_finite.data(), scratch, begin, end, out_begin,
-                   out_end);
-      });
-  for (int64_t from = 0; from < s.batch;) {
-    int64_t to = from;
-    while (to < s.batch && not_finite[to]) ++to;
-    if (to > from) direct(from, to);
-    from = to + 1;
-  }
 }
 
 // The convolution whose output is the gradient of x where there is no pool: inputs and outputs exchanged.
@@ -152,14 +73,14 @@ inline Tensor mirrored_weight(const Tensor& weight, const ConvPoolShape& s) {
   return mirrored;
 }
 
-// The gradient of x where there is no pool; direct: run_direct.
+// The gradient of x where there is no pool, by this kernel of its shape (apart: see run_panels); direct:
+// run_direct.
 template <typename Direct>
-void run_winograd_input(const WinogradKernels& kernels, const ConvPoolShape& s, const Tensor& grad,
-                        const Tensor& weight, Tensor& grad_x, const Direct& direct) {
+void run_dense_input(const PanelForward<float>& kernel, bool apart, const ConvPoolShape& s,
+                     const Tensor& grad, const Tensor& weight, Tensor& grad_x, const Direct& direct) {
   const ConvPoolShape t = input_gradient_shape(s);
-  const Tensor packed = packed_winograd(kernels, kernels.of_2, t, weight, true);
   const Outputs out{&grad_x, nullptr, nullptr};
-  run_winograd(kernels, kernels.of_2, t, grad, packed, std::nullopt, out, [&](int64_t from, int64_t to) {
+  run_panels<float>(kernel, t, grad, weight, true, apart, nullptr, out, [&](int64_t from, int64_t to) {
     direct(t, grad, mirrored_weight(weight, s), std::nullopt, out, from, to);
   });
 }
@@ -168,14 +89,14 @@ void run_winograd_input(const WinogradKernels& kernels, const ConvPoolShape& s, 
 // apart.
 inline bool run_winograd_weight(const WinogradKernels& kernel, const ConvPoolShape& s, const Tensor& grad,
                                 const Tensor& x, Tensor* grad_weight, Tensor* grad_bias) {
-  const int64_t units = kernel.of_2.units(s), panels = kernel.output_panels(s);
+  const int64_t units = kernel.of_2.units(s), panels = kernel.of_2.output_panels(s);
   const int64_t size = kernel.weight_partial_size(s);
   constexpr double kAddsSums = 2;
   const bool by_outputs = shares_outputs(units, panels, kAddsSums);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t partial_count = by_outputs ? 1 : std::max<int64_t>(1, std::min(units, threads));
   Tensor partials = torch::stable::new_zeros(x, {partial_count, size});
-  in_winograd_slices(
+  in_panel_slices(
       x, units, panels, by_outputs, kernel.weight_scratch_bytes(s),
       [&](int64_t slice, int64_t begin, int64_t end, int64_t out_begin, int64_t out_end, char* scratch) {
         float* partial = mutable_data<float>(partials) + (by_outputs ? 0 : slice * size);

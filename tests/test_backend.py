@@ -80,7 +80,7 @@ UNCOVERED = {
     "zoneout": lambda: cx.GRU(3, 4, zoneout=0.1)(torch.randn(2, 1, 3)),
     "recurrent_dropout": lambda: cx.RNN(3, 4, recurrent_dropout=0.1)(torch.randn(2, 1, 3)),
     "layer_norm": lambda: cx.LSTM(3, 4, layer_norm=True)(torch.randn(2, 1, 3)),
-    "bfloat16": lambda: cx.ConvPool2d(1, 2, 3, dtype=torch.bfloat16)(torch.randn(1, 1, 6, 6).bfloat16()),
+    "float16": lambda: cx.ConvPool2d(1, 2, 3, dtype=torch.float16)(torch.randn(1, 1, 6, 6).half()),
     "meta": lambda: cx.LSTMCell(3, 4, device="meta")(torch.empty(1, 3, device="meta")),
 }
 

@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: an installed cnnrnn_ext keeps its place
 
-from benchmarks import cases, gpu_conv_pool, limits, measure, peers, plot, report, scaling
+from benchmarks import cases, gpu_conv_pool, limits, measure, peers, plot, report
 from benchmarks.peers import OURS, STOCK
 from cnnrnn_ext import _timing
 
@@ -158,26 +158,6 @@ def test_every_picture_that_the_report_shows_is_drawn(tmp_path):
     shown = [line.split("(")[-1].rstrip(")") for line in report.markdown(result).splitlines() if "![" in line]
     assert [path.name for path in drawn] == shown
     assert all(path.stat().st_size > 5000 for path in drawn)
-
-
-def scaling_point(value, ms, threads=2, **changes):
-    ours, stock = ({"median_ms": factor * ms} for factor in (1.0, 2.0))
-    place = {"cell": "gru", "sweep": "N at T32 H256", "value": value, "threads": threads, "steps": 32}
-    return {"status": "ok", **place, "flop": 1e6 * value, "contenders": {OURS: ours, STOCK: stock}, **changes}
-
-
-def test_a_cliff_is_slower_per_operation_than_both_neighbours():
-    bend = [scaling_point(n, n) for n in (1, 2, 3)] + [scaling_point(n, 2 * n) for n in (4, 8)]
-    assert scaling.cliffs(bend) == []
-    hole = [scaling_point(1, 1), scaling_point(2, 4), scaling_point(4, 5)]
-    found = scaling.cliffs(hole)
-    assert [(c["value"], c["contender"], c["slower"]) for c in found] == [
-        (2, OURS, pytest.approx(1.6)),
-        (2, STOCK, pytest.approx(1.6)),
-    ]
-    elsewhere = [*hole[:1], scaling_point(2, 4, threads=1), *hole[2:]]
-    assert scaling.cliffs(elsewhere) == []
-    assert scaling.cliffs([hole[0], hole[1] | {"status": "void"}, hole[2]]) == []
 
 
 TINY_RNN = cases.RNNCase("lstm", 8, 3, 5, 4)

@@ -1,16 +1,13 @@
-"""conv_pool2d and conv_pool1d against torch.nn: values, every gradient, and torch's semantics exactly."""
+"""conv_pool2d against torch.nn: values, every gradient, and torch's semantics exactly."""
 
 import functools
 import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from _oracle import check_equal, compare, conv_tensors, running_on, stock_conv_pool2d, whole
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cnnrnn_ext as cx
-from cnnrnn_ext import _library
 
 OPS = ["conv_pool2d"]
 
@@ -319,158 +316,3 @@ def test_unbatched(mode):
 def test_zero_size_batch(mode, shape):
     result = compare(*both(), conv_tensors(*shape), mode, OPS)
     assert list(result[0].shape) == [0, 8, 3, 4]
-
-
-# ---- what has no kernel composes, visibly ----
-
-UNCOVERED = {
-    "depthwise": {"groups": 3},
-    "pool avg, few channels": {"pool": "avg"},
-    "pool avg, padded": {
-        "pool": "avg",
-        "pool_size": 3,
-        "pool_stride": 2,
-        "pool_padding": 1,
-        "ceil_mode": True,
-    },
-    "pool none, few channels": {"pool": "none"},
-    "tanh, no pool": {"activation": "tanh", "pool": "none"},
-    "window too large": {"pool_size": (16, 16), "padding": 8},
-    "same, even kernel": {"padding": "same"},
-}
-
-
-@pytest.mark.parametrize("name", UNCOVERED)
-def test_uncovered_configuration_says_so(name):
-    """In "auto" the trace names the reference and the reason; the result is right all the same."""
-    options = UNCOVERED[name]
-    groups = options.get("groups", 1)
-    outputs = 3 if groups > 1 else 5
-    tensors = conv_tensors(2, 3, 12, 12, outputs, 2 if "even" in name else 3, groups=groups)
-    ours, stock = both(**options)
-    with cx.trace() as log:
-        y = ours(**tensors)
-    (call,) = log
-    assert call.backend == "reference"
-    assert call.reason
-    torch.testing.assert_close(y, stock(**tensors))
-    compare(ours, stock, tensors, "reference", OPS)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        (
-            {"pool": "avg", "stride": 2},
-            "pool='avg' has a CUDA kernel of torch.float32 only for 3x3 and stride 1",
-        ),
-        (
-            {"pool": "none", "dilation": 2, "dtype": torch.float16, "channels": 5},
-            "pool='none' has a CUDA kernel only for 3x3 and stride 1, or up to 4 channels",
-        ),
-        ({"pool": "avg"}, None),
-        ({"activation": "gelu"}, None),
-        ({"activation": "tanh", "return_indices": True}, None),
-        ({"dtype": torch.float16, "channels": 5, "stride": 2, "pool_size": 3}, None),
-        ({"dtype": torch.bfloat16, "pool": "none", "stride": 2}, None),
-        ({"precision": "high", "dilation": 2}, None),
-        (
-            {"dtype": torch.float16, "groups": 4, "channels": 4},
-            "no tensor-core kernel for one output channel of each group (depthwise)",
-        ),
-    ],
-)
-def test_what_cuda_kernels_cover(options, reason):
-    """On tensors without data: what has no kernel is composed and says why."""
-    options = dict(options)
-    dtype, channels = options.pop("dtype", torch.float32), options.pop("channels", 3)
-    with FakeTensorMode(), cx.trace() as log:
-        x = torch.empty(1, channels, 12, 12, device="cuda", dtype=dtype)
-        weight = x.new_empty(4, channels // options.get("groups", 1), 3, 3)
-        y = cx.functional.conv_pool2d(x, weight, **options)
-    y = y[0] if options.get("return_indices") else y
-    assert y.device.type == "cuda"
-    (call,) = log
-    if reason is None and _library.libraries()["cuda"].loaded:
-        assert call.backend == "compiled"
-    else:
-        assert call.reason == (reason or _library.libraries()["cuda"].reason)
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"dtype": torch.float16}, "tensor cores"),
-        ({"dtype": torch.float16, "pool_size": 3}, "tensor cores, gathered"),
-        ({"dtype": torch.bfloat16, "stride": 2}, "tensor cores, gathered"),
-        ({"dtype": torch.float32, "precision": "high"}, "tensor cores, TF32"),
-        ({"dtype": torch.float32, "precision": "high", "dilation": 2}, "tensor cores, TF32, gathered"),
-        ({"dtype": torch.float32}, None),
-        ({"dtype": torch.float64, "precision": "high"}, None),
-    ],
-)
-def test_what_a_trace_tells_of_cuda_kernels(options, told):
-    """Where the library is compiled, a call names the kernels it would run on a GPU."""
-    if not _library.libraries()["cuda"].loaded:
-        pytest.skip("the CUDA library was not built")
-    options = dict(options)
-    with FakeTensorMode(), cx.trace() as log:
-        x = torch.empty(1, 3, 12, 12, device="cuda", dtype=options.pop("dtype"))
-        cx.functional.conv_pool2d(x, x.new_empty(4, 3, 3, 3), **options)
-    assert log[0].kernel == (f"cuda, {told}" if told else "cuda")
-
-
-# ---- one dimension ----
-
-CONFIGS_1D = {
-    "default": ((2, 3, 20, 5, 3), {}),
-    "everything": (
-        (2, 4, 31, 6, 3),
-        {
-            "stride": 2,
-            "padding": 2,
-            "dilation": 2,
-            "groups": 2,
-            "pool_size": 3,
-            "pool_stride": 2,
-            "pool_padding": 1,
-        },
-    ),
-    "same, ceil": ((2, 3, 21, 6, 5), {"padding": "same", "ceil_mode": True, "activation": "none"}),
-}
-
-
-def stock_conv_pool1d(
-    input,
-    weight,
-    bias,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
-    *,
-    activation="relu",
-    pool_size=2,
-    pool_stride=None,
-    pool_padding=0,
-    ceil_mode=False,
-):
-    y = F.conv1d(input, weight, bias, stride, padding, dilation, groups)
-    y = torch.relu(y) if activation == "relu" else y
-    return F.max_pool1d(y, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
-
-
-@pytest.mark.parametrize("unbatched", [False, True], ids=["batched", "unbatched"])
-@pytest.mark.parametrize("name", CONFIGS_1D)
-def test_one_dimension(mode, name, unbatched):
-    (n, c, length, k, kernel), options = CONFIGS_1D[name]
-    tensors = {
-        "input": torch.randn(n, c, length),
-        "weight": torch.randn(k, c // options.get("groups", 1), kernel),
-        "bias": torch.randn(k),
-    }
-    if unbatched:
-        tensors["input"] = tensors["input"][0]
-    ours = functools.partial(cx.functional.conv_pool1d, **options)
-    # conv_pool1d runs on the two-dimensional operator, and in "reference" on its reference.
-    compare(ours, functools.partial(stock_conv_pool1d, **options), tensors, mode, OPS)

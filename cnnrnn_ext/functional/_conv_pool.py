@@ -19,10 +19,12 @@ from cnnrnn_ext._fake_kernels import conv_pool2d_sizes
 from cnnrnn_ext._operator_conv_pool import (
     ACTIVATION_GRADIENTS,
     NO_POOL,
+    has_tiles,
+    tiles_serve,
     winner_index,
     winograd_serves,
 )
-from cnnrnn_ext.functional._common import autocast, autocast_dtype, needs_grad
+from cnnrnn_ext.functional._common import autocast, autocast_dtype, beyond_autocast, needs_grad
 from cnnrnn_ext.ops import CODE_POSITIONS
 
 PRECISIONS = ("highest", "high")
@@ -112,8 +114,16 @@ def conv_pool2d(
     conv = stride, pads, dilation, groups
     uncovered = (
         uneven
-        or conv_pool2d_uncovered(x, weight, conv, activation, pool, (pool_size, pool_stride, pool_padding))
-        or (return_indices and _indices_uncovered(x.device, activation))
+        or conv_pool2d_uncovered(
+            x,
+            weight,
+            conv,
+            activation,
+            pool,
+            (pool_size, pool_stride, pool_padding),
+            needs_grad(x, weight, bias),
+        )
+        or (return_indices and _indices_uncovered(x, activation))
     )
     note = _cuda_note(x, weight, conv, pool, (pool_size, pool_stride, pool_padding), precision)
     if not use_compiled("conv_pool2d", x, uncovered, note):
@@ -127,7 +137,8 @@ def conv_pool2d(
     if not return_indices:
         y = _run(*arguments)
         return y if input.dim() == 4 else y.squeeze(0)
-    y, code, _ = torch.ops.cnnrnn_ext.conv_pool2d_train(*arguments)
+    with beyond_autocast(x):
+        y, code, _ = torch.ops.cnnrnn_ext.conv_pool2d_train(*arguments)
     y = y if input.dim() == 4 else y.squeeze(0)
     (_, width), _ = conv_pool2d_sizes(
         x, weight, stride, pads, dilation, pool_size, pool_stride, pool_padding, ceil_mode
@@ -189,42 +200,55 @@ def conv_pool1d(
 
 
 def _run(x, weight, bias, *config):
-    if not needs_grad(x, weight, bias):
-        return torch.ops.cnnrnn_ext.conv_pool2d(x, weight, bias, *config)
-    eager = not torch.compiler.is_compiling() and autocast_dtype(x.device) is None
-    if eager and plain_operands(x, weight, bias):
-        return ConvPoolTrain.apply(x, weight, bias, *config)
-    return torch.ops.cnnrnn_ext.conv_pool2d_train(x, weight, bias, *config)[0]
+    with beyond_autocast(x):
+        if not needs_grad(x, weight, bias):
+            return torch.ops.cnnrnn_ext.conv_pool2d(x, weight, bias, *config)
+        eager = not torch.compiler.is_compiling() and autocast_dtype(x.device) is None
+        if eager and plain_operands(x, weight, bias):
+            return ConvPoolTrain.apply(x, weight, bias, *config)
+        return torch.ops.cnnrnn_ext.conv_pool2d_train(x, weight, bias, *config)[0]
 
 
-def conv_pool2d_uncovered(x, weight, conv, activation, pool, pools):
+def conv_pool2d_uncovered(x, weight, conv, activation, pool, pools, grad=False):
     """Why the kernels do not serve this configuration, or None.
 
-    conv: stride, padding, dilation, groups; pools: size, stride, padding.
+    conv: stride, padding, dilation, groups; pools: size, stride, padding; grad: whether a gradient is wanted.
     """
-    pool_size = pools[0]
-    stride, padding, dilation, groups = conv
+    pool_size, padding = pools[0], conv[1]
     if activation not in ACTIVATION_GRADIENTS:
         return f"no kernel for activation={activation!r}"
-    if x.device.type != "cpu":  # the other kernels: of CUDA
+    if x.device.type == "cpu":
+        reason = _uncovered_on_cpu(x, weight, conv, pool, grad)
+    else:
         reason = _uncovered_on_cuda(x, weight, conv, pool)
-        if reason:
-            return reason
-    elif pool != "max" and not winograd_serves(x, weight, stride, dilation, groups):
-        # Where every position of the map has a gradient, the direct kernels are slower than torch's; with
-        # one channel, of which torch's are slow, an average pool is faster all the same.
-        if pool == "none" or x.shape[1] > 1:
-            return f"pool={pool!r} has a kernel only for float32, 3x3, stride 1 and 8 channels or more" + (
-                ", and for one channel" if pool == "avg" else ""
-            )
-    elif groups > 1 and groups == weight.shape[0]:
-        return "no kernel for one output channel of each group (depthwise): torch's is faster"
+    if reason:
+        return reason
     if pool_size[0] * pool_size[1] > CODE_POSITIONS:
         return f"no kernel for pooling windows of more than {CODE_POSITIONS} positions"
     # The kernels copy x with its padding, so their memory grows with it.
     if any(padding[d] > LARGE_PADDING + x.shape[d + 2] for d in (0, 1)):
         return f"no kernel for a padding of {LARGE_PADDING} more than the input"
     return None
+
+
+def _uncovered_on_cpu(x, weight, conv, pool, grad):
+    stride, _, dilation, groups = conv
+    if grad and x.dtype == torch.bfloat16 and has_tiles():
+        # They would go by way of float32, which is slower than torch's on tile registers.
+        return "no kernel for gradients of bfloat16 on tile registers"
+    if pool == "max":
+        if groups > 1 and groups == weight.shape[0]:
+            return "no kernel for one output channel of each group (depthwise): torch's is faster"
+        return None
+    # Where every position of the map has a gradient, or is wanted, direct kernels are slower than torch's;
+    # with one channel, of which torch's are slow, an average pool is faster all the same.
+    if winograd_serves(x, weight, stride, dilation, groups) or (pool == "avg" and x.shape[1] == 1):
+        return None
+    if not grad and tiles_serve(x, weight, groups):
+        return None
+    return f"pool={pool!r} has a kernel only for float32, 3x3, stride 1 and 8 channels or more" + (
+        ", and for one channel" if pool == "avg" else ""
+    )
 
 
 def _plain_3x3(weight, conv):
@@ -267,9 +291,12 @@ def _cuda_note(x, weight, conv, pool, pools, precision):
     return which if _plain_3x3(weight, conv) and _in_blocks(pool, pools) else f"{which}, gathered"
 
 
-def _indices_uncovered(device, activation):
+def _indices_uncovered(x, activation):
     """On the CPU the pool comes before an activation that never falls: where it is flat, torch's winner is
-    another. On CUDA positions compete by their activated values, as torch's."""
-    if device.type == "cpu" and activation in ("relu6", "tanh", "sigmoid", "elu"):
+    another; in bfloat16 it comes before the rounding. On CUDA positions compete by their activated values, as
+    torch's."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return "no kernel for return_indices in bfloat16, whose rounding makes ties"
+    if x.device.type == "cpu" and activation in ("relu6", "tanh", "sigmoid", "elu"):
         return f"no kernel for return_indices with activation={activation!r}, which is flat for large values"
     return None

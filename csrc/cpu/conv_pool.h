@@ -85,27 +85,29 @@ struct ConvPoolKernelsOf {
                  int64_t begin, int64_t end);
 };
 
-// Winograd's F(ExE, 3x3) forward: float, 3x3 kernels, stride, dilation and groups 1, windows of 1 or 2
-// along each dimension, side by side and unpadded.
-struct WinogradForward {
+// A forward whose outputs come in panels, from weights that are transformed once a call.
+template <typename T>
+struct PanelForward {
+  int64_t (*output_panels)(const ConvPoolShape&);
   int64_t (*packed_size)(const ConvPoolShape&);
-  // Of output panels [begin, end). mirrored: weight is [C, K, 3, 3], of the convolution whose gradient of the
-  // input this is.
-  void (*pack)(const ConvPoolShape&, const float* weight, bool mirrored, float* packed, int64_t begin,
+  // Of output panels [begin, end). mirrored: weight is [C, K, KH, KW], of the convolution whose gradient of
+  // the input this is.
+  void (*pack)(const ConvPoolShape&, const T* weight, bool mirrored, float* packed, int64_t begin,
                int64_t end);
   int64_t (*units)(const ConvPoolShape&);
   int64_t (*scratch_bytes)(const ConvPoolShape&);
   // Units [begin, end), output panels [out_begin, out_end). bias, code and kept may be null. not_finite [N],
   // zeroed: becomes 1 for images that this algorithm cannot compute, because inf or NaN is among their
   // outputs.
-  void (*run)(const ConvPoolShape&, const float* x, const float* packed, const float* bias, float* y,
-              uint8_t* code, float* kept, uint8_t* not_finite, void* scratch, int64_t begin, int64_t end,
-              int64_t out_begin, int64_t out_end);
+  void (*run)(const ConvPoolShape&, const T* x, const float* packed, const float* bias, T* y, uint8_t* code,
+              T* kept, uint8_t* not_finite, void* scratch, int64_t begin, int64_t end, int64_t out_begin,
+              int64_t out_end);
 };
 
+// Winograd's F(ExE, 3x3): float, 3x3 kernels, stride, dilation and groups 1, windows of 1 or 2 along each
+// dimension, side by side and unpadded.
 struct WinogradKernels {
-  int64_t (*output_panels)(const ConvPoolShape&);
-  WinogradForward of_2, of_4;  // by E
+  PanelForward<float> of_2, of_4;  // by E
 
   // Gradients of weight and bias where there is no pool, by E = 2: each call adds into a zeroed partial of
   // its own. x and grad [N, K, conv] in the shape's order; units and output panels as those of the forward.
@@ -125,5 +127,12 @@ struct ConvPoolKernels {
 };
 
 extern const ConvPoolKernels conv_pool_baseline, conv_pool_avx2, conv_pool_avx512;
+
+// On tile registers, groups 1: float as three bfloat16 parts, and bfloat16.
+struct ConvPoolTiles {
+  PanelForward<float> f32;
+  PanelForward<uint16_t> bf16;
+};
+extern const ConvPoolTiles conv_pool_amx;
 
 }  // namespace cnnrnn

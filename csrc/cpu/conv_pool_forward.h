@@ -6,9 +6,7 @@
 // (windows of one position) the tile is the output. Other pools go through a buffer that stays in cache.
 #pragma once
 
-#include "activations.h"
-#include "conv_pool_pool.h"
-#include "transpose.h"
+#include "conv_pool_write.h"
 
 namespace {
 
@@ -204,41 +202,6 @@ CNNRNN_INLINE void convolve(const T* base, const int64_t* pixels, const int64_t*
   }
 }
 
-template <typename T>
-CNNRNN_INLINE void store_codes(uint8_t* out, Vec<T> v, int64_t n) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanesOf<T>)));
-  const Bytes bytes = __builtin_convertvector(reinterpret_cast<Code<T>>(v), Bytes);
-  if (n >= kLanesOf<T>)
-    __builtin_memcpy(out, &bytes, sizeof(bytes));
-  else
-    __builtin_memcpy(out, &bytes, n);
-}
-
-// Writes [windows, lanes] of y and codes to channels k0.. of one image, from pooled row `row` on.
-template <typename T>
-void write_block(const ConvPoolShape& s, const T* ys, const T* codes, int64_t lanes, int64_t channels,
-                 int64_t n, int64_t k0, int64_t row, int64_t windows, T* y, uint8_t* code) {
-  constexpr int L = kLanesOf<T>;
-  if (s.channels_last) {
-    const int64_t at = (n * s.windows() + row * s.pooled.w) * s.outputs + k0;
-    for (int64_t w = 0; w < windows; ++w) {
-      for (int64_t c = 0; c < channels; c += L) {
-        store_n(y + at + w * s.outputs + c, loadu(ys + w * lanes + c), channels - c);
-        if (code) store_codes<T>(code + at + w * s.outputs + c, loadu(codes + w * lanes + c), channels - c);
-      }
-    }
-    return;
-  }
-  const int64_t plane = s.windows(), at = (n * s.outputs + k0) * plane + row * s.pooled.w;
-  transpose(ys, windows, channels, lanes, [&](int64_t k, int64_t w, Vec<T> v, int64_t count) {
-    store_n(y + at + k * plane + w, v, count);
-  });
-  if (code)
-    transpose(codes, windows, channels, lanes, [&](int64_t k, int64_t w, Vec<T> v, int64_t count) {
-      store_codes<T>(code + at + k * plane + w, v, count);
-    });
-}
-
 // One block of V vectors of output channels over a strip: ys and codes [windows, V * L].
 template <typename T, int V, bool kCodes>
 void forward_block(const ConvPoolShape& s, const ForwardPlan<T>& plan, const T* base, const int64_t* pixels,
@@ -296,6 +259,7 @@ void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t*
       pad_input(s, plan, image, first * s.stride.h - s.padding.h, in_rows, strip_input);
       base = strip_input;
     }
+    const Strip strip = {n, first, row, rows, s.conv.w};
     const T* weights = packed;
     for (int64_t g = 0; g < s.groups; ++g) {
       const T* group_base = base + g * s.group_channels() * plan.channel_stride;
@@ -304,23 +268,12 @@ void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t*
         const auto block = code ? (wide == 2 ? forward_block<T, 2, true> : forward_block<T, 1, true>)
                                 : (wide == 2 ? forward_block<T, 2, false> : forward_block<T, 1, false>);
         block(s, plan, group_base, pixels, count, taps, weights, map, ys, codes);
-        if (s.keyed) {
-          kActivations<T>[s.activation].value(map, keys, count * wide * L);
-          (wide == 2 ? pool_map<T, 2, true> : pool_map<T, 1, true>)(s, map, keys, first, row, rows, ys,
-                                                                    codes);
-        } else if (!plan.in_registers) {
-          (wide == 2 ? pool_map<T, 2, false> : pool_map<T, 1, false>)(s, map, map, first, row, rows, ys,
-                                                                      codes);
-        }
+        if (!plan.in_registers)
+          (wide == 2 ? pool_strip<T, 2> : pool_strip<T, 1>)(s, strip, map, keys, count, ys, codes);
         weights += wide * L * (plan.taps + 1);
-        const auto write = [&](T* to, uint8_t* to_code) {
-          write_block(s, ys, codes, wide * L, smaller(wide * L, s.group_outputs() - v * L), n,
-                      g * s.group_outputs() + v * L, row, rows * s.pooled.w, to, to_code);
-        };
-        if (kept) write(kept, nullptr);
-        if (s.activation != cnnrnn::kNoActivation)
-          kActivations<T>[s.activation].value(ys, ys, rows * s.pooled.w * wide * L);
-        write(y, code);
+        const int64_t k0 = g * s.group_outputs() + v * L;
+        const int64_t channels = smaller(wide * L, s.group_outputs() - v * L);
+        write_strip(s, strip, ys, codes, wide * L, k0, channels, y, code, kept);
       }
     }
   }

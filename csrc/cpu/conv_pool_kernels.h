@@ -38,9 +38,9 @@ constexpr cnnrnn::ConvPoolKernelsOf<T> conv_pool_kernels_of() {
 }
 
 template <int E>
-constexpr cnnrnn::WinogradForward winograd_forward_of() {
-  return {winograd_packed_size<E>, winograd_pack<E>, winograd_units<E>, winograd_scratch_bytes<E>,
-          winograd<E>};
+constexpr cnnrnn::PanelForward<float> winograd_forward_of() {
+  return {winograd_output_units, winograd_packed_size<E>,   winograd_pack<E>,
+          winograd_units<E>,     winograd_scratch_bytes<E>, winograd<E>};
 }
 
 }  // namespace
@@ -50,6 +50,6 @@ extern const ConvPoolKernels CNNRNN_TABLE(conv_pool);
 const ConvPoolKernels CNNRNN_TABLE(conv_pool) = {
     conv_pool_kernels_of<float>(),
     conv_pool_kernels_of<double>(),
-    {winograd_output_units, winograd_forward_of<2>(), winograd_forward_of<4>(), winograd_partial_size,
-     winograd_grad_scratch_bytes, winograd_weight, winograd_weight_reduce}};
+    {winograd_forward_of<2>(), winograd_forward_of<4>(), winograd_partial_size, winograd_grad_scratch_bytes,
+     winograd_weight, winograd_weight_reduce}};
 }  // namespace cnnrnn

@@ -59,29 +59,43 @@ CNNRNN_INLINE void pool_in_registers(bool relu, const Vec<T> (&acc)[kPixels][V],
   }
 }
 
-// Pools the map [conv_rows, conv.w, V * L] of a strip whose first row is `first` of the whole map. kKeyed:
-// the positions compete by what stands in `keys` at their place, and the winner's value is the map's.
+// A run of pooled rows of one image, and the part of the map before the pool that they come from.
+struct Strip {
+  int64_t image;
+  int64_t first;      // row of the map
+  int64_t row, rows;  // pooled
+  int64_t pitch;      // pixels from one row of the map to the next
+};
+
+// Pools the map [rows of the map, pitch, V * L] of a strip. kKeyed: the positions compete by what stands in
+// `keys` at their place, and the winner's value is the map's.
 template <typename T, int V, bool kKeyed>
-void pool_map(const ConvPoolShape& s, const T* map, const T* keys, int64_t first, int64_t pooled_from,
-              int64_t pooled_rows, T* y, T* codes) {
+void pool_map(const ConvPoolShape& s, const Strip& strip, const T* map, const T* keys, T* y, T* codes) {
   constexpr int L = kLanesOf<T>;
-  for (int64_t py = pooled_from; py < pooled_from + pooled_rows; ++py) {
+  for (int64_t py = strip.row; py < strip.row + strip.rows; ++py) {
     for (int64_t px = 0; px < s.pooled.w; ++px) {
       const int64_t y0 = py * s.step.h - s.margin.h, x0 = px * s.step.w - s.margin.w;
       const int64_t top = larger(y0, 0), bottom = smaller(y0 + s.window.h, s.conv.h);
       const int64_t left = larger(x0, 0), right = smaller(x0 + s.window.w, s.conv.w);
       for (int v = 0; v < V; ++v, y += L, codes += L) {
         const auto place = [&](int64_t cy, int64_t cx) {
-          return ((cy - first) * s.conv.w + cx) * V * L + v * L;
+          return ((cy - strip.first) * strip.pitch + cx) * V * L + v * L;
         };
         const T* const competing = kKeyed ? keys : map;
         Vec<T> best = loadu(competing + place(top, left)), value = loadu(map + place(top, left));
         Code<T> code = code_of<T>((top - y0) * s.window.w + left - x0);
-        for (int64_t cy = top; cy < bottom; ++cy) {
-          for (int64_t cx = left; cx < right; ++cx) {
-            const Code<T> wins = compete<T>(loadu(competing + place(cy, cx)),
-                                            code_of<T>((cy - y0) * s.window.w + cx - x0), best, code);
-            if constexpr (kKeyed) value = wins ? loadu(map + place(cy, cx)) : value;
+        const bool of_two = s.window.h == 2 && s.window.w == 2 && bottom - top == 2 && right - left == 2;
+        if (!kKeyed && of_two) {  // the usual one, unrolled
+#pragma GCC unroll 4
+          for (int q = 1; q < 4; ++q)
+            compete<T>(loadu(map + place(top + q / 2, left + q % 2)), code_of<T>(q), best, code);
+        } else {
+          for (int64_t cy = top; cy < bottom; ++cy) {
+            for (int64_t cx = left; cx < right; ++cx) {
+              const Code<T> wins = compete<T>(loadu(competing + place(cy, cx)),
+                                              code_of<T>((cy - y0) * s.window.w + cx - x0), best, code);
+              if constexpr (kKeyed) value = wins ? loadu(map + place(cy, cx)) : value;
+            }
           }
         }
         finish<T, true>(s.relu, kKeyed ? value : best, code, y, codes);

@@ -1,0 +1,45 @@
+// conv_pool on tile registers on the CPU: when.
+#pragma once
+
+#include "conv_pool_panels.h"
+#include "cpu/capability.h"
+
+namespace cnnrnn {
+
+#if defined(__x86_64__)
+inline const ConvPoolTiles* tiles() { return active_isa() == Isa::kAmx ? &conv_pool_amx : nullptr; }
+#else
+inline const ConvPoolTiles* tiles() { return nullptr; }
+#endif
+
+inline bool on_tiles(const PanelForward<float>* kernel) { return tiles() && kernel == &tiles()->f32; }
+
+// Whether the kernels cover a call: a strip is at least one row of the map, and stays in cache.
+inline bool tiles_serve(const ConvPoolShape& s) {
+  constexpr int64_t kMostBytes = 4 << 20, kMostTaps = 64;
+  return tiles() && s.groups == 1 && s.kernel.h * s.kernel.w <= kMostTaps &&
+         tiles()->f32.scratch_bytes(s) < kMostBytes;
+}
+
+// Whether float32 is faster there than on the direct kernels. Both are counted in cycles for one pixel of the
+// map and 16 outputs: six products of parts for every 32 values under a row of the kernel, and the input's
+// copy, against two multiply-adds a cycle. The copy and the margin were fitted to 20 shapes of 3 to 256
+// channels on one processor; the batch has no say, so that it changes no result.
+inline bool tiles_pay(const ConvPoolShape& s) {
+  if (!tiles_serve(s)) return false;
+  constexpr double kCopy = 24, kMargin = 1.3;
+  const auto blocks = [](int64_t count, int64_t size) {
+    return static_cast<double>((count + size - 1) / size);
+  };
+  const double rows = static_cast<double>(s.dilation.w == 1 ? s.kernel.h : s.kernel.h * s.kernel.w);
+  const int64_t depth = s.channels * (s.dilation.w == 1 ? s.kernel.w : 1);
+  const double width = static_cast<double>(s.conv.w), apart = 16 * blocks(s.conv.w, 16);
+  const double in_width = static_cast<double>(s.input.w + 2 * s.padding.w);
+  const double pitch = s.stride.h == 1 && s.stride.w == 1 ? std::min(apart, in_width) : apart;
+  const double copied = static_cast<double>(s.input.h * s.input.w) / static_cast<double>(s.conv.h * s.conv.w);
+  const double cycles = 6 * rows * blocks(depth, 32) * pitch / width +
+                        kCopy * copied * blocks(s.channels, 32) / blocks(s.outputs, 16);
+  return kMargin * cycles < static_cast<double>(s.kernel.h * s.kernel.w * s.channels) / 2;
+}
+
+}  // namespace cnnrnn
