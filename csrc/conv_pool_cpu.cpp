@@ -260,11 +260,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
   return {grad_x, grad_weight, grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(
-    Tensor grad_y, Tensor x, Tensor weight, OptionalTensor bias, Tensor code, OptionalTensor kept,
-    Ints stride, Ints padding, Ints dilation, int64_t groups, Text activation, Text pool, Ints pool_size,
-    Ints pool_stride, Ints pool_padding, bool ceil_mode, bool need_x, bool need_weight, bool need_bias,
-    Text precision) {
+std::tuple<Tensor, Tensor, Tensor> conv_pool2d_backward(Tensor grad_y, Tensor x, Tensor weight,
+                                                        OptionalTensor bias, Tensor code, OptionalTensor kept,
+                                                        Ints stride, Ints padding, Ints dilation,
+                                                        int64_t groups, Text activation, Text pool,
+                                                        Ints pool_size, Ints pool_stride, Ints pool_padding,
+                                                        bool ceil_mode, bool need_x, bool need_weight,
+                                                        bool need_bias, Text precision) {
   return backward(grad_y, x, weight, bias, code, kept,
                   {stride, padding, dilation, groups, activation.take(), pool.take(), pool_size, pool_stride,
                    pool_padding, ceil_mode, precision.take()},
