@@ -5,7 +5,7 @@ import functools
 import test_cells
 import test_conv_pool
 import test_conv_pool_activations
-import test_operators
+import test_operators_gradients
 import test_return_indices
 import test_rnn
 import test_rnn_lengths
@@ -55,10 +55,10 @@ CHECKS = {
         for cell in CELLS
     },
     **{
-        f"{cell} gradcheck": lambda mode, cell=cell: test_operators.test_gradcheck(f"rnn, {cell}")
+        f"{cell} gradcheck": lambda mode, cell=cell: test_operators_gradients.test_gradcheck(f"rnn, {cell}")
         for cell in CELLS
     },
-    "lstm cell gradcheck": lambda mode: test_operators.test_gradcheck("rnn_cell, lstm"),
+    "lstm cell gradcheck": lambda mode: test_operators_gradients.test_gradcheck("rnn_cell, lstm"),
     "lengths": lambda mode: test_rnn_lengths.test_lengths_and_reset(mode, "gru", {}, "lengths", True),
     "reset": lambda mode: test_rnn_lengths.test_lengths_and_reset(mode, "gru", {}, "reset", True),
     "lengths both ways": lambda mode: test_rnn_lengths.test_lengths_and_reset(
