@@ -1,6 +1,6 @@
 """Registers, spills, shared memory and occupancy of every CUDA kernel, as the compiler reports them.
 
-    python cuda/resources.py [--arch 80 --arch 90a]
+    python cuda/resources.py [--arch 80 --arch 90a] [--output cuda/resources.txt]
 
 Compiles the kernels with -Xptxas -v (no GPU is needed) and prints a table. The exit status is 1 if a kernel
 spills registers. Shared memory is what the kernel declares; these kernels ask for theirs at launch. The last
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -72,29 +73,45 @@ def compile_log(nvcc, source, arch):
         return done.stderr, "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
 
 
+def rows_of(nvcc, source, arch):
+    """Lines of the table, and whether any kernel of them spills."""
+    log, ptx = compile_log(nvcc, source, arch)
+    threads_of = {kernel_name(mangled): threads for mangled, threads in most_threads(ptx).items()}
+    kernels = parse(log)
+    lines = [
+        f"{name:70} {'sm_' + arch:>6} {registers:9} {spills:7} {shared:6} {threads_of[name]:7} "
+        f"{blocks_held(registers, threads_of[name]):6}"
+        for name, registers, spills, shared in kernels
+    ]
+    return lines, any(spills > 0 for _, _, spills, _ in kernels)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", help="repeatable; default 80 and 90a")
     parser.add_argument("--source", default="", metavar="SUBSTRING", help="of the files' names")
+    parser.add_argument("--output", type=Path, help="a file for the table, beside standard output")
     arguments = parser.parse_args()
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
     if nvcc is None:
         raise SystemExit("nvcc was not found (PATH or NVCC)")
     titles = ("arch", 6), ("registers", 9), ("spilled", 7), ("shared", 6), ("threads", 7), ("blocks", 6)
-    print(f"{'kernel':70}", *(f"{title:>{width}}" for title, width in titles))
+    table = [" ".join([f"{'kernel':70}", *(f"{title:>{width}}" for title, width in titles)])]
+    print(table[0])
+    jobs = [
+        (nvcc, source, arch)
+        for source in SOURCES
+        if arguments.source in source.name
+        for arch in arguments.arch or ["80", "90a"]
+    ]
     spilled = False
-    for source in (source for source in SOURCES if arguments.source in source.name):
-        for arch in arguments.arch or ["80", "90a"]:
-            log, ptx = compile_log(nvcc, source, arch)
-            threads_of = {kernel_name(mangled): threads for mangled, threads in most_threads(ptx).items()}
-            for name, registers, spills, shared in parse(log):
-                threads = threads_of[name]
-                print(
-                    f"{name:70} {'sm_' + arch:>6} {registers:9} {spills:7} {shared:6} {threads:7} "
-                    f"{blocks_held(registers, threads):6}",
-                    flush=True,
-                )
-                spilled |= spills > 0
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count()))) as pool:
+        for lines, spills in pool.map(rows_of, *zip(*jobs, strict=True)):
+            print(*lines, sep="\n", flush=True)
+            table += lines
+            spilled |= spills
+    if arguments.output:
+        arguments.output.write_text("\n".join(table) + "\n")
     if spilled:
         raise SystemExit("registers are spilled")
 
