@@ -94,11 +94,15 @@ struct GatherThread {
   Size2 local[2];        // the same in the rectangle, if there is one
 };
 
-// Calls make(row, which of the two blocks, dy, dx) for all of them.
-template <typename Make>
+// Calls make(row, which of the two blocks, dy, dx) for all of them, kTogether positions of a block at a time:
+// what is made in flight takes registers.
+template <int kTogether = 4, typename Make>
 __device__ __forceinline__ void for_rows(const GatherThread& thread, const Make& make) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) make(i / 2 * kTileBlocks + thread.block[i % 2], i % 2, i / 4, i / 2 % 2);
+  for (int which = 0; which < 2; ++which)
+#pragma unroll kTogether
+    for (int position = 0; position < 4; ++position)
+      make(position * kTileBlocks + thread.block[which], which, position / 2, position % 2);
 }
 
 // A piece of depth: a tap, and a chunk of 64 bytes of channels.

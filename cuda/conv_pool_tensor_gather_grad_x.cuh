@@ -70,7 +70,7 @@ struct GradientUnits {
     // Exact, for the tap reaches: in positions of the map.
     const int up = (position.h + s.padding.h - piece.tap / s.kernel.w * s.dilation.h) / s.stride.h;
     const int left = (position.w + s.padding.w - piece.tap % s.kernel.w * s.dilation.w) / s.stride.w;
-    for_rows(thread, [&](int row, int which, int dy, int dx) {
+    for_rows<1>(thread, [&](int row, int which, int dy, int dx) {
       const BlockPlace& output = thread.output[which];
       const auto made = map.unit(output.n, c, group * of_group, output.y + dy + up, output.x + dx + left);
       *pack_at<Pack<T, MapGradient<T>::kOfUnit>>(

@@ -14,7 +14,7 @@ constexpr int kBackwardTiles = Variant::kEights > 1 ? 2 : 8;
 
 // Slices of its first tiles' weights that a warp keeps in registers.
 template <typename E, typename Variant>
-constexpr int kKeptBackward = Variant::kEights > 1  ? (sizeof(StoredAs<E>) == 4 ? 14 : 8)
+constexpr int kKeptBackward = Variant::kEights > 1  ? (sizeof(StoredAs<E>) == 4 ? 13 : 8)
                               : Variant::kWarps > 8 ? 1
                               : Variant::kGrid      ? 3
                                                     : 4;
