@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _marked import files_marked
 from _oracle import (
     CELLS,
     FUNCTION,
@@ -53,7 +54,6 @@ def test_suite_on_each_isa(compiled, isa):
         pytest.skip(f"this machine has no {isa}")
     if isa == (os.environ.get("CNNRNN_CPU_ISA") or _library.build_module().best_isa()):
         pytest.skip(f"{isa} is what the rest of this run uses")
-    tests = Path(__file__).parent
     result = run_python(
         "-m",
         "pytest",
@@ -63,19 +63,7 @@ def test_suite_on_each_isa(compiled, isa):
         "isa",
         "-k",
         "not reference and not onnx",  # another package, which may be missing
-        *(
-            str(tests / f"test_{name}.py")
-            for name in (
-                "conv_pool",
-                "conv_pool_activations",
-                "conv_pool_winograd",
-                "rnn",
-                "cells",
-                "rnn_features",
-                "rnn_exactness",
-                "regressions",
-            )
-        ),
+        *files_marked("isa"),
         isa=isa,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

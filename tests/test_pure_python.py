@@ -8,19 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from _marked import files_marked
 
 ROOT = Path(__file__).parents[1]
-SELECTION = (
-    "conv_pool",
-    "rnn",
-    "cells",
-    "modules",
-    "rnn_features",
-    "operators",
-    "reference",
-    "backend",
-    "bad_input",
-)
 
 
 def environment(**more):
@@ -115,7 +105,6 @@ def test_required_extension_is_an_import_error(pure):
 
 def test_suite_on_the_pure_install(pure):
     """The checks marked ``pure``: values, gradients, gradcheck of the operators, bad input."""
-    tests = Path(__file__).parent
     result = subprocess.run(
         [
             sys.executable,
@@ -127,7 +116,7 @@ def test_suite_on_the_pure_install(pure):
             str(ROOT / "pyproject.toml"),
             "-m",
             "pure",
-            *(str(tests / f"test_{name}.py") for name in SELECTION),
+            *files_marked("pure"),
         ],
         env=environment(PYTHONPATH=str(pure), CNNRNN_TEST_PURE="1"),
         cwd=pure,
