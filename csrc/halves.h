@@ -37,29 +37,35 @@ inline void narrow(const float* from, int64_t count, uint16_t* to) {
   }
 }
 
-inline Tensor new_dense_of(const Tensor& like, int32_t dtype) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < like.dim(); ++d) sizes.push_back(like.size(d));
-  return new_dense(sizes.data(), sizes.size(), dtype);
+inline void widen_all(const Bf16* from, int64_t count, float* to) {
+  for_elements(count, [&](int64_t first, int64_t last) { widen(from + first, last - first, to + first); });
 }
 
-// t contiguous, in float32 where it is in bfloat16.
-inline Tensor dense_wide(const Tensor& t) {
-  const Tensor from = dense(t);
-  if (!is_half(t)) return from;
-  const Tensor wide = new_dense_of(from, aoti_torch_dtype_float32());
-  for_elements(from.numel(), [&](int64_t first, int64_t last) {
-    widen(data<Bf16>(from) + first, last - first, mutable_data<float>(wide) + first);
-  });
+// A new tensor of t's sizes and strides; t has no gaps.
+inline Tensor empty_in_order(const Tensor& t, int32_t dtype) {
+  std::vector<int64_t> sizes, strides;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d)), strides.push_back(t.stride(d));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(t.dim(), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// bfloat16 in float32 and back, in the same order of memory.
+inline Tensor widened(const Tensor& t) {
+  const Tensor wide = empty_in_order(t, aoti_torch_dtype_float32());
+  widen_all(data<Bf16>(t), t.numel(), mutable_data<float>(wide));
   return wide;
 }
-
-inline Tensor narrowed(const Tensor& wide) {
-  const Tensor half = new_dense_of(wide, aoti_torch_dtype_bfloat16());
-  for_elements(wide.numel(), [&](int64_t first, int64_t last) {
-    narrow(data<float>(wide) + first, last - first, mutable_data<uint16_t>(half) + first);
+inline Tensor rounded(const Tensor& t) {
+  const Tensor half = empty_in_order(t, aoti_torch_dtype_bfloat16());
+  for_elements(t.numel(), [&](int64_t first, int64_t last) {
+    narrow(data<float>(t) + first, last - first, mutable_data<uint16_t>(half) + first);
   });
   return half;
 }
+
+// t contiguous, in float32 where it is in bfloat16.
+inline Tensor dense_wide(const Tensor& t) { return is_half(t) ? widened(dense(t)) : dense(t); }
 
 }  // namespace cnnrnn

@@ -80,9 +80,7 @@ class RnnForward {
   void widen_input() {
     const int64_t count = layout.rows * p.input;
     T* const wide = scratch_.template take<T>(count);
-    if constexpr (sizeof(T) == sizeof(float))
-      for_elements(count,
-                   [&](int64_t first, int64_t last) { widen(p.x_bf16 + first, last - first, wide + first); });
+    if constexpr (sizeof(T) == sizeof(float)) widen_all(p.x_bf16, count, wide);
     x_ = wide;
   }
 

@@ -38,7 +38,7 @@ struct RnnOperands {
 
   bool half() const { return dtype == ScalarType::BFloat16; }
   // A result as it is to go out.
-  Tensor given(const Tensor& t) const { return half() ? narrowed(t) : t; }
+  Tensor given(const Tensor& t) const { return half() ? rounded(t) : t; }
 
   const CellKernels<float>& sizes() const { return rnn_kernels().f32.cells[cell]; }
   int64_t gates() const { return sizes().gates; }
