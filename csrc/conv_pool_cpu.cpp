@@ -37,8 +37,12 @@ void run_direct(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, c
 
 // What computes a call in float32; null: the direct kernels.
 const PanelForward<float>* panel_kernel(const ConvPoolShape& s, bool high) {
-  const auto& winograd = kernels().winograd;
-  if (winograd_pays(s)) return high && coarse_winograd_pays(s) ? &winograd.of_4 : &winograd.of_2;
+  if (winograd_pays(s)) {
+    const bool coarse = high && coarse_winograd_pays(s);
+    if (tiles()) return coarse ? &tiles()->winograd_of_4 : &tiles()->winograd_of_2;
+    const auto& winograd = kernels().winograd;
+    return coarse ? &winograd.of_4 : &winograd.of_2;
+  }
   return tiles_pay(s) ? &tiles()->f32 : nullptr;
 }
 

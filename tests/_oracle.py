@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import struct
 
 import torch
 
@@ -206,6 +207,10 @@ def stock_conv_pool2d(
     if pool == "none":
         return y
     return pools[pool](pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)(y)
+
+
+# The NaN whose bits are all ones: added to as a whole number, it becomes 0.
+NAN_OF_ONES = struct.unpack("f", b"\xff" * 4)[0]
 
 
 def conv_tensors(n, c, h, w, k, kernel, groups=1, bias=True, dtype=torch.float32):

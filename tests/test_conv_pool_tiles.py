@@ -9,7 +9,16 @@ import itertools
 import pytest
 import torch
 from _kernel_program import run_kernel_program
-from _oracle import check_equal, check_error, compare, conv_tensors, expected_kernel, stock_conv_pool2d, whole
+from _oracle import (
+    NAN_OF_ONES,
+    check_equal,
+    check_error,
+    compare,
+    conv_tensors,
+    expected_kernel,
+    stock_conv_pool2d,
+    whole,
+)
 
 import cnnrnn_ext as cx
 
@@ -87,7 +96,7 @@ def test_inference_without_a_pool(compiled, name, layout):
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3.4e38], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), NAN_OF_ONES, float("inf"), float("-inf"), 3.4e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["5x5", "stride 2", "1x1"])
 def test_what_has_no_parts(compiled, name, dtype, value):

@@ -8,7 +8,7 @@ from _kernel_program import run_kernel_program
 
 @pytest.mark.parametrize(
     ("defines", "vector"),
-    [(["-DCNNRNN_EMULATE_512"], 64), ([], None), (["-mno-avx"], 16)],
+    [(["-DCNNRNN_EMULATE_512", "-DCNNRNN_EMULATE_AMX"], 64), ([], None), (["-mno-avx"], 16)],
     ids=["512", "own", "baseline"],
 )
 def test_tiles(compiled, tmp_path, defines, vector):

@@ -1,8 +1,9 @@
 // The Winograd kernels against plain loops: every pool, layout, padding and hanging window, codes and all.
 //
 // test_winograd_tiles.py compiles it with the kernels' own source for 512-bit vectors in narrower
-// instructions (CNNRNN_EMULATE_512). The numbers are small and whole, so that results of F(2x2, 3x3) must be
-// equal, ties included; those of F(4x4, 3x3) are rounded. Prints what differs; exits with 1 if anything does.
+// instructions (CNNRNN_EMULATE_512), and tile registers in plain loops (CNNRNN_EMULATE_AMX). The numbers are
+// small and whole, so that results of F(2x2, 3x3) must be equal, ties included; those of F(4x4, 3x3) are
+// rounded. Prints what differs; exits with 1 if anything does.
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +15,9 @@
 #define CNNRNN_ISA tested
 #include "conv_pool_winograd.h"
 #include "conv_pool_winograd_grad.h"
+#if defined(CNNRNN_EMULATE_AMX)
+#include "conv_pool_winograd_tiles.h"
+#endif
 
 constexpr int kSilu = 6;  // its row
 
@@ -112,8 +116,8 @@ static void in_quarters(int64_t units, int64_t panels, const Body& body) {
 }
 
 // The parts of the work out of order: nothing may depend on what ran before.
-template <int E>
-static void run(const ConvPoolShape& s, Guard guard, bool with_code, bool mirrored) {
+static void run(const cnnrnn::PanelForward<float>& kernel, bool exact, const ConvPoolShape& s, Guard guard,
+                bool with_code, bool mirrored) {
   Guarded<float> x(s.batch * s.channels * s.input.h * s.input.w, guard), bias(s.outputs, guard);
   Guarded<float> weight(s.outputs * s.channels * 9, guard), y(s.batch * s.outputs * s.windows(), guard);
   Guarded<float> turned(weight.size(), guard);
@@ -127,22 +131,21 @@ static void run(const ConvPoolShape& s, Guard guard, bool with_code, bool mirror
       for (int64_t tap = 0; tap < 9; ++tap)
         turned[(c * s.outputs + k) * 9 + 8 - tap] = weight[(k * s.channels + c) * 9 + tap];
   std::fill(y.begin(), y.end(), NAN);
-  Guarded<float> packed(winograd_packed_size<E>(s), guard);
-  winograd_pack<E>(s, mirrored ? turned.data() : weight.data(), mirrored, packed.data(), 0,
-                   winograd_output_units(s));
-  const int64_t bytes = round_up(winograd_scratch_bytes<E>(s), 64);
+  const int64_t panels = kernel.output_panels(s);
+  Guarded<float> packed(round_up(kernel.packed_size(s), 16), guard);
+  kernel.pack(s, mirrored ? turned.data() : weight.data(), mirrored, packed.data(), 0, panels);
+  const int64_t bytes = round_up(kernel.scratch_bytes(s), 64);
   Guarded<char> scratch(bytes, guard);
   std::fill(scratch.begin(), scratch.end(), static_cast<char>(0xff));  // NaN
   const float* shift = s.relu ? bias.data() : nullptr;
   uint8_t* codes = with_code ? code.data() : nullptr;
   float* arguments = s.keyed && with_code ? kept.data() : nullptr;
-  in_quarters(winograd_units<E>(s), winograd_output_units(s),
-              [&](int64_t begin, int64_t end, int64_t out_begin, int64_t out_end) {
-                winograd<E>(s, x.data(), packed.data(), shift, y.data(), codes, arguments, not_finite.data(),
-                            scratch.data(), begin, end, out_begin, out_end);
-              });
+  in_quarters(kernel.units(s), panels, [&](int64_t begin, int64_t end, int64_t out_begin, int64_t out_end) {
+    kernel.run(s, x.data(), packed.data(), shift, y.data(), codes, arguments, not_finite.data(),
+               scratch.data(), begin, end, out_begin, out_end);
+  });
   const float rounding = 3e-5f * (s.channels + 10);
-  compare(s, x.data(), weight.data(), shift, y.data(), codes, arguments, E == 2 ? 0 : rounding);
+  compare(s, x.data(), weight.data(), shift, y.data(), codes, arguments, exact ? 0 : rounding);
   for (uint8_t flag : not_finite) failures += flag;
 }
 
@@ -158,7 +161,7 @@ static void run_gradient(const ConvPoolShape& s, Guard guard) {
   const int64_t bytes = round_up(winograd_grad_scratch_bytes(s), 64);
   Guarded<char> scratch(bytes, guard);
   std::fill(scratch.begin(), scratch.end(), static_cast<char>(0xff));
-  in_quarters(units, winograd_output_units(s),
+  in_quarters(units, winograd_output_panels<OnVectors>(s),
               [&](int64_t begin, int64_t end, int64_t out_begin, int64_t out_end) {
                 winograd_weight(s, x.data(), grad.data(), partials.data() + (begin ? size : 0),
                                 scratch.data(), begin, end, out_begin, out_end);
@@ -210,8 +213,14 @@ int main() {
           if (choice & 8) s.activation = kSilu, s.keyed = s.positions() > 1;
           if (s.positions() == 1 && choice < 4) run_gradient(s, choice % 2 ? Guard::kBefore : Guard::kAfter);
           const Guard guard = choice % 3 == 0 ? Guard::kBefore : Guard::kAfter;
-          run<2>(s, guard, choice % 3 != 1, choice == 3);
-          if (choice < 8) run<4>(s, guard, choice % 3 != 1, choice == 4);
+          const auto run_both = [&](const auto& of_2, const auto& of_4) {
+            run(of_2, true, s, guard, choice % 3 != 1, choice == 3);
+            if (choice < 8) run(of_4, false, s, guard, choice % 3 != 1, choice == 4);
+          };
+          run_both(winograd_forward_of<2>(), winograd_forward_of<4>());
+#if defined(CNNRNN_EMULATE_AMX)
+          run_both(winograd_tiles_of<2>(), winograd_tiles_of<4>());
+#endif
         }
   // An infinity is reported for its image alone.
   ConvPoolShape s = shape_of(shapes[2], {1, 1}, {2, 2}, false);
@@ -220,12 +229,14 @@ int main() {
       y(s.batch * s.outputs * s.windows(), Guard::kAfter);
   for (float& value : weight) value = 1;
   x[place(s, s.channels, s.input, 4, 2, 3, 3)] = INFINITY;
-  Guarded<float> packed(winograd_packed_size<2>(s), Guard::kAfter);
-  winograd_pack<2>(s, weight.data(), false, packed.data(), 0, winograd_output_units(s));
-  Guarded<char> scratch(round_up(winograd_scratch_bytes<2>(s), 64), Guard::kAfter);
+  const cnnrnn::PanelForward<float> kernel = winograd_forward_of<2>();
+  const int64_t panels = kernel.output_panels(s);
+  Guarded<float> packed(kernel.packed_size(s), Guard::kAfter);
+  kernel.pack(s, weight.data(), false, packed.data(), 0, panels);
+  Guarded<char> scratch(round_up(kernel.scratch_bytes(s), 64), Guard::kAfter);
   Guarded<uint8_t> flags(s.batch, Guard::kAfter);
-  winograd<2>(s, x.data(), packed.data(), nullptr, y.data(), nullptr, nullptr, flags.data(), scratch.data(),
-              0, winograd_units<2>(s), 0, winograd_output_units(s));
+  kernel.run(s, x.data(), packed.data(), nullptr, y.data(), nullptr, nullptr, flags.data(), scratch.data(), 0,
+             kernel.units(s), 0, panels);
   for (int64_t n = 0; n < s.batch; ++n) failures += flags[n] != (n == 4);
   std::printf("%d-byte vectors: %ld checks, %ld failures\n", kVectorBytes, static_cast<long>(checks),
               static_cast<long>(failures));

@@ -128,9 +128,11 @@ struct ConvPoolKernels {
 
 extern const ConvPoolKernels conv_pool_baseline, conv_pool_avx2, conv_pool_avx512;
 
-// On tile registers, groups 1: float as three bfloat16 parts, and bfloat16.
+// On tile registers, groups 1: float as three bfloat16 parts, directly and by Winograd's algorithm, and
+// bfloat16.
 struct ConvPoolTiles {
   PanelForward<float> f32;
+  PanelForward<float> winograd_of_2, winograd_of_4;
   PanelForward<uint16_t> bf16;
 };
 extern const ConvPoolTiles conv_pool_amx;

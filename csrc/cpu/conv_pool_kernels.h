@@ -37,12 +37,6 @@ constexpr cnnrnn::ConvPoolKernelsOf<T> conv_pool_kernels_of() {
           spread<T>};
 }
 
-template <int E>
-constexpr cnnrnn::PanelForward<float> winograd_forward_of() {
-  return {winograd_output_units, winograd_packed_size<E>,   winograd_pack<E>,
-          winograd_units<E>,     winograd_scratch_bytes<E>, winograd<E>};
-}
-
 }  // namespace
 
 namespace cnnrnn {

@@ -5,7 +5,7 @@
 // tiles, which are numbered through the rows of an image and through the images. A group of a few panels of
 // tiles goes through three phases:
 //   1. the input transform, panel by panel:  V[place][channel][tile];
-//   2. for some outputs at a time, a product for each place:
+//   2. for some outputs at a time, a product for each place, as `Product` computes it:
 //      M[place][output][tile] = U[place][output][channel] * V;
 //   3. the inverse transform of those outputs, with bias, pool, activation and code in registers.
 // Every number is computed by the same operations in the same order wherever its tile stands in a group.
@@ -28,12 +28,16 @@ template <int E>
 int64_t winograd_units(const ConvPoolShape& s) {
   return ceil_div(WinogradPlan<E>(s).total, kPanelTiles);
 }
-inline int64_t winograd_output_units(const ConvPoolShape& s) { return ceil_div(s.outputs, kPanelRows); }
+template <typename Product>
+int64_t winograd_output_panels(const ConvPoolShape& s) {
+  return ceil_div(s.outputs, Product::kPanelOutputs);
+}
 
-template <int E>
+template <int E, typename Product>
 int64_t winograd_scratch_bytes(const ConvPoolShape& s) {
-  const WinogradPlan<E> plan(s);
-  return carved_bytes(plan.panels * plan.v_size(), sizeof(float)) +
+  const WinogradPlan<E, Product> plan(s);
+  return carved_bytes(plan.panels * plan.v_size(), sizeof(typename Product::Value)) +
+         carved_bytes(staged_size(plan, s), sizeof(float)) +
          carved_bytes(plan.panels * plan.m_size(), sizeof(float)) +
          carved_bytes(plan.turned_size(s), sizeof(float)) +
          2 * carved_bytes(plan.stage_size(), sizeof(float)) + carved_bytes(plan.stage_stride, 1) +
@@ -126,10 +130,10 @@ CNNRNN_INLINE void store_in_turns(float* to, const vf (&v)[N]) {
 // Phase 3 of one panel for windows of H x W: ys and codes [outputs][E / H][stage_stride]. columns and rows:
 // of the map that remain from each tile's first on. health: NaN in the lanes of tiles with an output that is
 // not finite.
-template <int E, int H, int W, bool kCodes, bool kKeyed>
-void inverse_panel(const ConvPoolShape& s, const WinogradPlan<E>& plan, const float* m, const float* bias,
-                   int64_t outputs, const int32_t* columns, const int32_t* rows, float* ys, float* codes,
-                   float* health) {
+template <int E, typename Product, int H, int W, bool kCodes, bool kKeyed>
+void inverse_panel(const ConvPoolShape& s, const WinogradPlan<E, Product>& plan, const float* m,
+                   const float* bias, int64_t outputs, const int32_t* columns, const int32_t* rows, float* ys,
+                   float* codes, float* health) {
   for (int64_t t = 0; t < kPanelTiles; t += kLanes) {
     vf sick = loadu(health + t);
     const vi columns_left = loadu(columns + t), rows_left = loadu(rows + t);
@@ -190,21 +194,21 @@ void inverse_panel(const ConvPoolShape& s, const WinogradPlan<E>& plan, const fl
   }
 }
 
-template <int E>
-using InversePanel = decltype(&inverse_panel<E, 2, 2, true, false>);
+template <int E, typename P>
+using InversePanel = decltype(&inverse_panel<E, P, 2, 2, true, false>);
 
-template <int E, int H, int W>
-InversePanel<E> inverse_of_window(bool codes, bool keyed) {
+template <int E, typename P, int H, int W>
+InversePanel<E, P> inverse_of_window(bool codes, bool keyed) {
   if constexpr (H * W > 1)
-    if (keyed) return codes ? inverse_panel<E, H, W, true, true> : inverse_panel<E, H, W, false, true>;
-  return codes ? inverse_panel<E, H, W, true, false> : inverse_panel<E, H, W, false, false>;
+    if (keyed) return codes ? inverse_panel<E, P, H, W, true, true> : inverse_panel<E, P, H, W, false, true>;
+  return codes ? inverse_panel<E, P, H, W, true, false> : inverse_panel<E, P, H, W, false, false>;
 }
 
-template <int E>
-InversePanel<E> inverse_of(const ConvPoolShape& s, bool codes) {
+template <int E, typename P>
+InversePanel<E, P> inverse_of(const ConvPoolShape& s, bool codes) {
   if (s.window.h == 1)
-    return (s.window.w == 1 ? inverse_of_window<E, 1, 1> : inverse_of_window<E, 1, 2>)(codes, s.keyed);
-  return (s.window.w == 1 ? inverse_of_window<E, 2, 1> : inverse_of_window<E, 2, 2>)(codes, s.keyed);
+    return (s.window.w == 1 ? inverse_of_window<E, P, 1, 1> : inverse_of_window<E, P, 1, 2>)(codes, s.keyed);
+  return (s.window.w == 1 ? inverse_of_window<E, P, 2, 1> : inverse_of_window<E, P, 2, 2>)(codes, s.keyed);
 }
 
 // Copies of a few numbers, which a call of the C library's would take as long as.
@@ -219,8 +223,8 @@ CNNRNN_INLINE void copy_row(float* to, const float* from, int64_t n) {
 
 // Copies the staged outputs [k0, k0 + outputs) to y and code, images of size `map`. turned, bytes: for one
 // row of outputs and for one output of it.
-template <int E>
-void write_block(const ConvPoolShape& s, const WinogradPlan<E>& plan, Pair map, const TileRun* runs,
+template <int E, typename Product>
+void write_block(const ConvPoolShape& s, const WinogradPlan<E, Product>& plan, Pair map, const TileRun* runs,
                  int64_t count, const float* ys, const float* codes, float* turned, uint8_t* bytes,
                  int64_t k0, int64_t outputs, float* y, uint8_t* code) {
   // Calls copy(where it stands in a staged row, pixel of the batch's images, pixels) for each run of a row.
@@ -235,7 +239,7 @@ void write_block(const ConvPoolShape& s, const WinogradPlan<E>& plan, Pair map, 
   const int64_t staged = plan.outputs.h * plan.stage_stride;  // between outputs
   for (int64_t i = 0; i < plan.outputs.h; ++i, ys += plan.stage_stride, codes += plan.stage_stride) {
     if (s.channels_last) {
-      constexpr int64_t kMostCodes = kBlockOutputs + kLanes;
+      constexpr int64_t kMostCodes = Product::kBlockOutputs + kLanes;
       const int64_t stride = plan.turned_stride(), columns = plan.outputs.w * plan.group();
       const auto turn = [&](const float* staged_rows) {
         transpose(staged_rows, outputs, columns, staged,
@@ -276,13 +280,14 @@ void write_block(const ConvPoolShape& s, const WinogradPlan<E>& plan, Pair map, 
 
 // Outputs of output panels [out_begin, out_end) of the tiles of panels [begin, end). not_finite [N]: set to 1
 // for images whose outputs are to be computed again.
-template <int E>
+template <int E, typename Product>
 void winograd(const ConvPoolShape& s, const float* x, const float* packed, const float* bias, float* y,
               uint8_t* code, float* kept, uint8_t* not_finite, void* memory, int64_t begin, int64_t end,
               int64_t out_begin, int64_t out_end) {
-  const WinogradPlan<E> plan(s);
+  const WinogradPlan<E, Product> plan(s);
   char* scratch = static_cast<char*>(memory);
-  float* v = carve<float>(scratch, plan.panels * plan.v_size());
+  auto* v = carve<typename Product::Value>(scratch, plan.panels * plan.v_size());
+  float* channels = carve<float>(scratch, staged_size(plan, s));
   float* m = carve<float>(scratch, plan.panels * plan.m_size());
   float* turned = carve<float>(scratch, plan.turned_size(s));
   float* ys = carve<float>(scratch, plan.stage_size());
@@ -295,7 +300,8 @@ void winograd(const ConvPoolShape& s, const float* x, const float* packed, const
   TileVector<E>* vectors = carve<TileVector<E>>(scratch, kPanelTiles);
   int64_t* pixels = carve<int64_t>(scratch, plan.pixels(s));
   __builtin_memset(turned, 0, plan.turned_size(s) * sizeof(float));
-  const InversePanel<E> inverse = inverse_of<E>(s, code != nullptr);
+  prepare_v(plan, s, v, channels);
+  const auto inverse = inverse_of<E, Product>(s, code != nullptr);
   const int64_t of_image = plan.tiles.h * plan.tiles.w, last = smaller(end * kPanelTiles, plan.total);
   // One output a tile: rows follow one another in y without a gap.
   const bool whole_images = plan.outputs.h * plan.outputs.w == 1;
@@ -305,15 +311,18 @@ void winograd(const ConvPoolShape& s, const float* x, const float* packed, const
     for (int64_t i = 0; i < panels; ++i) {
       const int64_t from = first + i * kPanelTiles, tiles = smaller(kPanelTiles, last - from);
       const int64_t input_runs = winograd_runs(plan.tiles, from, tiles, runs);
-      // What follows the last tile takes part in the arithmetic, without effect: slowly, if it is subnormal.
-      if (tiles < kPanelTiles) __builtin_memset(v + i * plan.v_size(), 0, plan.v_size() * sizeof(float));
-      if (s.channels_last) {
+      int64_t found = 0;
+      if (s.channels_last)
         tile_pixels<E, E + 2>(s, runs, input_runs, pixels);
-        transform_pixels<E>(s, x, pixels, tiles, turned, v + i * plan.v_size(), plan.v_stride);
-      } else {
-        const int64_t found = tile_vectors<E>(s, runs, input_runs, vectors);
-        transform_planes<E>(s, x, vectors, found, v + i * plan.v_size(), plan.v_stride);
-      }
+      else
+        found = tile_vectors<E>(s, runs, input_runs, vectors);
+      const auto transform = [&](int64_t c, int64_t c_end, float* to, int64_t stride) {
+        if (s.channels_last)
+          transform_pixels<E>(s, x, pixels, tiles, c, c_end, turned, to, stride);
+        else
+          transform_planes<E>(s, x, vectors, found, c, c_end, to, stride);
+      };
+      fill_v(plan, s, tiles, channels, transform, v + i * plan.v_size());
     }
     for (int64_t t = 0; t < plan.group(); ++t) {
       const int64_t place = (first + t) % of_image;
@@ -323,17 +332,17 @@ void winograd(const ConvPoolShape& s, const float* x, const float* packed, const
     }
     const int64_t output_runs =
         winograd_runs(whole_images ? Pair{1, of_image} : plan.tiles, first, count, runs);
-    for (int64_t b = out_begin; b < out_end; b += kBlockPanels) {
-      const int64_t b_end = smaller(b + kBlockPanels, out_end), k0 = plan.first_output(s, b);
-      for (int64_t p = 0; p < kPlacesOf<E>; ++p)
-        for (int64_t panel = b; panel < b_end; ++panel) {
-          const int64_t k = plan.first_output(s, panel), of_panel = plan.first_output(s, panel + 1) - k;
-          const float* u = packed + (kPlacesOf<E> * k + p * of_panel) * s.channels;
-          for (int64_t i = 0; i < panels; ++i)
-            multiply_panel<false, true>(
-                of_panel, u, 0, 0, v + i * plan.v_size() + p * plan.v_stride, kPanelTiles, s.channels,
-                m + i * plan.m_size() + p * plan.m_stride + (k - k0) * kPanelTiles, kPanelTiles);
-        }
+    for (int64_t b = out_begin; b < out_end; b += plan.block) {
+      const int64_t b_end = smaller(b + plan.block, out_end), k0 = plan.first_output(s, b);
+      {
+        [[maybe_unused]] const typename Product::Registers registers;
+        for (int64_t p = 0; p < kPlacesOf<E>; ++p)
+          for (int64_t panel = b; panel < b_end; ++panel)
+            for (int64_t i = 0; i < panels; ++i)
+              multiply_place(plan, s, packed, panel, p, v + i * plan.v_size() + p * plan.v_stride,
+                             m + i * plan.m_size() + p * plan.m_stride +
+                                 (plan.first_output(s, panel) - k0) * kPanelTiles);
+      }
       const int64_t outputs = plan.first_output(s, b_end) - k0;
       for (int64_t i = 0; i < panels; ++i) {
         const int64_t t = i * kPanelTiles;
@@ -341,7 +350,7 @@ void winograd(const ConvPoolShape& s, const float* x, const float* packed, const
                 ys + plan.outputs.w * t, codes + plan.outputs.w * t, health + t);
       }
       const auto write = [&](float* to, uint8_t* to_code) {
-        write_block<E>(s, plan, map, runs, output_runs, ys, codes, turned, bytes, k0, outputs, to, to_code);
+        write_block(s, plan, map, runs, output_runs, ys, codes, turned, bytes, k0, outputs, to, to_code);
       };
       if (kept) write(kept, nullptr);
       if (s.activation != cnnrnn::kNoActivation)
@@ -351,6 +360,12 @@ void winograd(const ConvPoolShape& s, const float* x, const float* packed, const
     for (int64_t t = 0; t < count; ++t)
       if (health[t] != 0) __atomic_store_n(not_finite + (first + t) / of_image, 1, __ATOMIC_RELAXED);
   }
+}
+
+template <int E>
+constexpr cnnrnn::PanelForward<float> winograd_forward_of() {
+  return {winograd_output_panels<OnVectors>,    winograd_packed_size<E>, winograd_pack<E>, winograd_units<E>,
+          winograd_scratch_bytes<E, OnVectors>, winograd<E, OnVectors>};
 }
 
 }  // namespace

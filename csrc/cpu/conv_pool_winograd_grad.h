@@ -25,7 +25,7 @@ struct WinogradGradPlan {
     place = s.outputs * width;
     v_panel = kGradTiles * kPanelTiles;
     v_stride = width * kGradTiles + kLanes * kPanelTiles + kSpread;
-    constexpr int64_t kOutputs = (kBlockOutputs + kLanes - 1) / kLanes * kLanes;
+    constexpr int64_t kOutputs = (OnVectors::kBlockOutputs + kLanes - 1) / kLanes * kLanes;
     y_row = s.channels_last ? 1 : kGradTiles, y_step = s.channels_last ? kOutputs : 1;
     y_stride = kOutputs * kGradTiles + kLanes + kSpread;
   }
@@ -150,8 +150,8 @@ inline void winograd_weight(const ConvPoolShape& s, const float* x, const float*
       transform_planes_across(s, plan, x, vectors, tile_vectors<2>(s, runs, of_runs, vectors), v);
       of_grad = tile_vectors<2>(plan.gradient, runs, of_runs, grad_vectors);
     }
-    for (int64_t b = out_begin; b < out_end; b += kBlockPanels) {
-      const int64_t b_end = smaller(b + kBlockPanels, out_end), k0 = tiles.first_output(s, b);
+    for (int64_t b = out_begin; b < out_end; b += tiles.block) {
+      const int64_t b_end = smaller(b + tiles.block, out_end), k0 = tiles.first_output(s, b);
       const int64_t outputs = tiles.first_output(s, b_end) - k0;
       transform_gradients(s, plan, grad, grad_vectors, of_grad, grad_pixels, count, k0, outputs, y, bias);
       for (int64_t p = 0; p < kGradPlaces; ++p)

@@ -11,12 +11,26 @@ namespace {
 constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
 constexpr int kPanelRows = 6;                           // outputs of a register tile
 constexpr int64_t kPanelTiles = kTileVectors * kLanes;  // tiles of a register tile
-constexpr int64_t kBlockPanels = 4;                     // output panels of phase 2: their M stays in cache
-constexpr int64_t kBlockOutputs = kBlockPanels * kPanelRows;
-constexpr int64_t kGroupTiles = 64;  // tiles that share a pass over U
-constexpr int64_t kSpread = 16;      // floats: places that are a power of 2 apart would share cache sets
+constexpr int64_t kSpread = 16;  // floats: places that are a power of 2 apart would share cache sets
 
-template <int E>
+// What the plan asks of whoever computes the products: here multiply-adds of vectors, in
+// conv_pool_winograd_tiles.h tile registers.
+struct OnVectors {
+  using Value = float;                                  // of V
+  struct Registers {};                                  // held while products are computed
+  static constexpr int64_t kPanelOutputs = kPanelRows;  // at most, as even as can be
+  static constexpr int64_t kBlockOutputs = 4 * kPanelOutputs;
+  static int64_t first_output(int64_t outputs, int64_t panels, int64_t p) { return outputs * p / panels; }
+  // Output panels of phase 2 at a time: their M stays in cache. Tiles that share a pass over U.
+  static int64_t block_panels(int64_t) { return kBlockOutputs / kPanelOutputs; }
+  static int64_t group_tiles(int64_t) { return 64; }
+  // Values of V between places.
+  static int64_t v_stride(int64_t channels) {
+    return round_up(channels * kPanelTiles + kLanes, kSpread) + kSpread;
+  }
+};
+
+template <int E, typename Product = OnVectors>
 struct WinogradPlan {
   Pair outputs;                   // of one tile after the pool
   Pair tiles;                     // of an image
@@ -24,6 +38,7 @@ struct WinogradPlan {
   int64_t total;                  // tiles of the batch
   int64_t panels;                 // of tiles in a group, each with a V and an M of its own
   int64_t output_panels;
+  int64_t block;               // output panels of phase 2 at a time
   int64_t v_stride, m_stride;  // between places in V and M
   int64_t stage_stride;        // of a row of staged outputs
 
@@ -33,25 +48,29 @@ struct WinogradPlan {
     hangs_right = s.window.w * s.pooled.w > s.conv.w;
     hangs_below = s.window.h * s.pooled.h > s.conv.h;
     total = s.batch * tiles.h * tiles.w;
-    panels = larger(1, smaller(kGroupTiles / kPanelTiles, ceil_div(total, kPanelTiles)));
-    output_panels = ceil_div(s.outputs, kPanelRows);
-    v_stride = round_up(s.channels * kPanelTiles + kLanes, kSpread) + kSpread;
-    m_stride = kBlockOutputs * kPanelTiles + kSpread;
+    panels = larger(1, smaller(Product::group_tiles(s.channels) / kPanelTiles, ceil_div(total, kPanelTiles)));
+    output_panels = ceil_div(s.outputs, Product::kPanelOutputs);
+    block = smaller(Product::block_panels(s.channels), output_panels);
+    v_stride = Product::v_stride(s.channels);
+    m_stride = block_outputs() * kPanelTiles + kSpread;
     stage_stride = outputs.w * group() + kLanes;
   }
 
   int64_t group() const { return panels * kPanelTiles; }
-  // Outputs [first(p), first(p + 1)) are output panel p, as even as can be.
-  int64_t first_output(const ConvPoolShape& s, int64_t p) const { return s.outputs * p / output_panels; }
+  int64_t block_outputs() const { return block * Product::kPanelOutputs; }
+  // Outputs [first(p), first(p + 1)) are output panel p.
+  int64_t first_output(const ConvPoolShape& s, int64_t p) const {
+    return Product::first_output(s.outputs, output_panels, p);
+  }
   int64_t v_size() const { return kPlacesOf<E> * v_stride; }  // of one panel
   int64_t m_size() const { return kPlacesOf<E> * m_stride; }
-  int64_t stage_size() const { return kBlockOutputs * outputs.h * stage_stride; }
+  int64_t stage_size() const { return block_outputs() * outputs.h * stage_stride; }
   // Channels last alone: pixels of a panel, and numbers under transposition on their way in and out.
   int64_t pixels(const ConvPoolShape& s) const { return s.channels_last ? kPanelTiles * kPlacesOf<E> : 0; }
   int64_t turned_size(const ConvPoolShape& s) const {
     return s.channels_last ? larger(kPlacesOf<E> * kLanes * kLanes, stage_stride * turned_stride()) : 0;
   }
-  static int64_t turned_stride() { return round_up(kBlockOutputs, kLanes); }
+  int64_t turned_stride() const { return round_up(block_outputs(), kLanes); }
 };
 
 // Neighbouring tiles in one row of tiles.
@@ -154,15 +173,15 @@ CNNRNN_INLINE void load_tiles(const float* x, const float* end, const float* pla
       d[r][j] = reinterpret_cast<vf>(reinterpret_cast<vi>(d[r][j]) & loadu(vector.inside[j]));
 }
 
-// Phase 1, NCHW. The last lanes of a vector may belong to no tile of its run: what they write is written
-// again later, by the next vector or channel, or lies in the gap between places.
+// Phase 1, NCHW, of channels [begin, end). The last lanes of a vector may belong to no tile of its run: what
+// they write is written again later, by the next vector or channel, or lies in the gap between places.
 template <int E>
 void transform_planes(const ConvPoolShape& s, const float* x, const TileVector<E>* vectors, int64_t count,
-                      float* v, int64_t v_stride) {
+                      int64_t begin, int64_t end, float* v, int64_t v_stride) {
   constexpr int64_t kAhead = 2;  // channels: their rows lie too far apart for the hardware to foresee
   const int64_t size = s.input.h * s.input.w;
-  const float* end = x + s.batch * s.channels * size;
-  for (int64_t c = 0; c < s.channels; ++c) {
+  const float* x_end = x + s.batch * s.channels * size;
+  for (int64_t c = begin; c < end; ++c) {
     for (int64_t i = 0; i < count; ++i) {
       const float* plane = x + (vectors[i].image * s.channels + c) * size;
       if (c + kAhead < s.channels) {
@@ -170,8 +189,8 @@ void transform_planes(const ConvPoolShape& s, const float* x, const TileVector<E
         for (int r = 0; r < E + 2; ++r) __builtin_prefetch(plane + vectors[i].rows[r] + kAhead * size);
       }
       vf d[E + 2][E + 2];
-      load_tiles<E>(x, end, plane, vectors[i], d);
-      transform_input<E>(d, v + c * kPanelTiles + vectors[i].tile, v_stride);
+      load_tiles<E>(x, x_end, plane, vectors[i], d);
+      transform_input<E>(d, v + (c - begin) * kPanelTiles + vectors[i].tile, v_stride);
     }
   }
 }
@@ -207,15 +226,16 @@ CNNRNN_INLINE void load_pixels(const float* x, const float* last, const int64_t*
   }
 }
 
-// Phase 1, channels last: kLanes tiles at a time, one after another in vectors of channels, then transposed.
-// What follows the last tile in its vector is what stood there before. staged: [places][kLanes][kLanes].
+// Phase 1, channels last, of channels [begin, end): kLanes tiles at a time, one after another in vectors of
+// channels, then transposed. What follows the last tile in its vector is what stood there before. staged:
+// [places][kLanes][kLanes].
 template <int E>
 void transform_pixels(const ConvPoolShape& s, const float* x, const int64_t* pixels, int64_t count,
-                      float* staged, float* v, int64_t v_stride) {
+                      int64_t begin, int64_t end, float* staged, float* v, int64_t v_stride) {
   const float* last = x + s.batch * s.channels * s.input.h * s.input.w - kLanes;
   for (int64_t t = 0; t < count; t += kLanes) {
-    for (int64_t c = 0; c < s.channels; c += kLanes) {
-      const int64_t channels = smaller(kLanes, s.channels - c);
+    for (int64_t c = begin; c < end; c += kLanes) {
+      const int64_t channels = smaller(kLanes, end - c);
       for (int64_t lane = 0; lane < smaller(kLanes, count - t); ++lane) {
         const int64_t* of_tile = pixels + (t + lane) * kPlacesOf<E>;
         if (t + lane + kLanes < count) {  // the pixels that the next vector adds
@@ -232,7 +252,7 @@ void transform_pixels(const ConvPoolShape& s, const float* x, const int64_t* pix
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) block[i] = loadu(staged + (p * kLanes + i) * kLanes);
         transpose<float>(block);
-        float* to = v + p * v_stride + c * kPanelTiles + t;
+        float* to = v + p * v_stride + (c - begin) * kPanelTiles + t;
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i)
           if (i < channels) storeu(to + i * kPanelTiles, block[i]);

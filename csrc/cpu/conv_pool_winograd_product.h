@@ -62,4 +62,30 @@ CNNRNN_INLINE void multiply_panel(int64_t rows, const float* u, int64_t u_row, i
   of_rows[rows - 1](u, u_row, u_step, v, v_step, depth, m, m_row);
 }
 
+// Phase 1 of one panel of tiles. transform(begin, end, to, stride): of those channels, place p to
+// to[p * stride ...]. staged: staged_size numbers, which belong to the slice, as all V do; prepare_v is
+// called once before.
+template <int E, typename Transform>
+void fill_v(const WinogradPlan<E, OnVectors>& plan, const ConvPoolShape& s, int64_t tiles, float*,
+            const Transform& transform, float* v) {
+  // What follows the last tile takes part in the arithmetic, without effect: slowly, if it is subnormal.
+  if (tiles < kPanelTiles) __builtin_memset(v, 0, plan.v_size() * sizeof(float));
+  transform(0, s.channels, v, plan.v_stride);
+}
+template <int E>
+int64_t staged_size(const WinogradPlan<E, OnVectors>&, const ConvPoolShape&) {
+  return 0;
+}
+template <int E>
+void prepare_v(const WinogradPlan<E, OnVectors>&, const ConvPoolShape&, float*, float*) {}
+
+// Phase 2 of place p: m[outputs of the panel][kPanelTiles].
+template <int E>
+CNNRNN_INLINE void multiply_place(const WinogradPlan<E, OnVectors>& plan, const ConvPoolShape& s,
+                                  const float* packed, int64_t panel, int64_t p, const float* v, float* m) {
+  const int64_t k = plan.first_output(s, panel), of_panel = plan.first_output(s, panel + 1) - k;
+  multiply_panel<false, true>(of_panel, packed + (kPlacesOf<E> * k + p * of_panel) * s.channels, 0, 0, v,
+                              kPanelTiles, s.channels, m, kPanelTiles);
+}
+
 }  // namespace

@@ -1,6 +1,7 @@
 // The kernels on tile registers, beside those for avx512; see isa_avx512.cpp for what may stand here.
 
 #include "conv_pool_tiles.h"
+#include "conv_pool_winograd_tiles.h"
 #include "rnn_amx.h"
 
 namespace cnnrnn {
@@ -9,5 +10,6 @@ const RnnKernels<float> rnn_amx_float32 = parted_kernels<3>();
 const RnnKernels<float> rnn_amx_bfloat16 = parted_kernels<1>();
 
 extern const ConvPoolTiles conv_pool_amx;
-const ConvPoolTiles conv_pool_amx = {tiles_forward<3, float>(), tiles_forward<1, Half>()};
+const ConvPoolTiles conv_pool_amx = {tiles_forward<3, float>(), winograd_tiles_of<2>(),
+                                     winograd_tiles_of<4>(), tiles_forward<1, Half>()};
 }  // namespace cnnrnn

@@ -46,7 +46,9 @@ CNNRNN_INLINE Parts<P> parts_of(vf x) {
   Parts<P> y;
 #pragma GCC unroll 3
   for (int p = 0; p < P; ++p) {
-    y.of[p] = (reinterpret_cast<vu>(x) + 0x8000u) & kHalfMask;
+    // Of three, the last is all that is left: cut, not rounded, a NaN stays one whatever its bits.
+    const uint32_t half = P == 3 && p == 2 ? 0 : 0x8000u;
+    y.of[p] = (reinterpret_cast<vu>(x) + half) & kHalfMask;
     x -= reinterpret_cast<vf>(y.of[p]);
   }
   return y;
