@@ -239,14 +239,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
   need_bias = need_bias && bias.has_value();
   const Tensor none = empty_like_of(grad, {0});
   Tensor grad_x = none, grad_weight = none, grad_bias = none;
-  const bool dense = single && winograd_backward_pays(s);
-  const Tensor alive = !dense ? none : s.relu && !call.average ? alive_gradient(grad, code, s) : grad;
+  const bool dense_input = single && need_x && winograd_input_pays(s, tiles() != nullptr);
+  const bool dense_weight = single && (need_weight || need_bias) && winograd_weight_pays(s);
+  const bool every_alive = s.positions() == 1 && (!s.relu || call.average);
+  const Tensor map = !dense_input && !dense_weight ? none
+                     : every_alive                 ? grad
+                                                   : unpooled(kernels().winograd, grad, code, s);
   if (need_x) {
     const Tensor weight = in_layout(weight_any, false);
     grad_x = empty_image(grad, s, s.channels, s.input, grad.scalar_type());
-    if (dense) {
+    if (dense_input) {
       const auto* kernel = panel_kernel(input_gradient_shape(s), false);
-      run_dense_input(*kernel, on_tiles(kernel), s, alive, weight, grad_x, run_direct<float>);
+      run_dense_input(*kernel, on_tiles(kernel), s, map, weight, grad_x, run_direct<float>);
     } else
       (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad, weight, code, grad_x);
   }
@@ -257,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
     if (need_bias) grad_bias = empty_like_of(grad, {s.outputs});
     Tensor* const of_weight = need_weight ? &grad_weight : nullptr;
     Tensor* const of_bias = need_bias ? &grad_bias : nullptr;
-    const bool done = dense && run_winograd_weight(kernels().winograd, s, alive, x, of_weight, of_bias);
+    const bool done = dense_weight && run_winograd_weight(kernels().winograd, s, map, x, of_weight, of_bias);
     const auto run = single ? run_weight_gradient<float> : run_weight_gradient<double>;
     if (!done) run(s, grad, x, code, of_weight, of_bias);
   }

@@ -28,37 +28,47 @@ inline bool coarse_winograd_pays(const ConvPoolShape& s) {
   return s.channels >= 16 && 36 * tiles(4) < 16 * tiles(2);
 }
 
-// The convolution whose output is the gradient of x where there is no pool: inputs and outputs exchanged.
+// The convolution whose output is the gradient of x, from that of the map: inputs and outputs exchanged.
 inline ConvPoolShape input_gradient_shape(const ConvPoolShape& s) {
   ConvPoolShape t = s;
   t.channels = s.outputs, t.outputs = s.channels;
   t.input = s.conv;
   t.pooled = t.conv = s.input;
+  t.window = t.step = {1, 1};
   t.padding = {2 - s.padding.h, 2 - s.padding.w};
   t.relu = t.keyed = false;
   t.activation = kNoActivation;
   return t;
 }
 
-// Whether the backward of a call is two such convolutions: there is no pool, and each pays.
-inline bool winograd_backward_pays(const ConvPoolShape& s) {
-  return s.window.h == 1 && s.window.w == 1 && s.padding.h <= 2 && s.padding.w <= 2 && winograd_pays(s) &&
-         winograd_pays(input_gradient_shape(s));
+inline bool winograd_input_serves(const ConvPoolShape& s) {
+  return s.padding.h <= 2 && s.padding.w <= 2 && winograd_pays(s) && winograd_pays(input_gradient_shape(s));
 }
 
-// grad_y where the output is alive, 0 elsewhere; both in x's order.
-inline Tensor alive_gradient(const Tensor& grad_y, const Tensor& code, const ConvPoolShape& s) {
-  Tensor masked = torch::stable::empty_like(grad_y);
-  in_slices(grad_y, s.batch * s.outputs * s.windows(), 0, [&](int64_t, int64_t begin, int64_t end, char*) {
-    const float* __restrict from = data<float>(grad_y);
-    const uint8_t* __restrict codes = data<uint8_t>(code);
-    float* __restrict to = mutable_data<float>(masked);
-    for (int64_t i = begin; i < end; ++i) {
-      const float value = from[i];  // read anyway: the loop becomes vectors
-      to[i] = codes[i] == kDead ? 0.0f : value;
-    }
+// Whether the gradient of x is better computed as such a convolution. Below a pool the sparse kernel visits
+// its windows alone: it is faster unless the products are on tile registers, many for each number that is
+// transformed, and nearly every tile has its window (measured at 16 to 256 channels, maps of 7x7 to 56x56).
+inline bool winograd_input_pays(const ConvPoolShape& s, bool on_tiles) {
+  const int64_t tiles = ((s.input.h + 1) / 2) * ((s.input.w + 1) / 2);
+  const bool beats_sparse =
+      on_tiles && s.channels >= 64 && s.pooled.w * s.channels >= 640 && 10 * tiles <= 13 * s.windows();
+  return winograd_input_serves(s) && (s.positions() == 1 || beats_sparse);
+}
+
+// Whether the gradient of the weight is computed from the whole map too: there is no pool.
+inline bool winograd_weight_pays(const ConvPoolShape& s) {
+  return s.positions() == 1 && winograd_input_serves(s);
+}
+
+// The gradient of the map from that of the outputs, both in x's order.
+inline Tensor unpooled(const WinogradKernels& kernel, const Tensor& grad_y, const Tensor& code,
+                       const ConvPoolShape& s) {
+  Tensor map = empty_image(grad_y, s, s.outputs, s.conv, grad_y.scalar_type());
+  const int64_t rows = s.batch * (s.channels_last ? 1 : s.outputs) * s.conv.h;
+  in_slices(grad_y, rows, 0, [&](int64_t, int64_t begin, int64_t end, char*) {
+    kernel.unpool(s, data<float>(grad_y), data<uint8_t>(code), mutable_data<float>(map), begin, end);
   });
-  return masked;
+  return map;
 }
 
 // weight [K, C, 3, 3] -> [C, K, 3, 3], each kernel turned by half a turn.
@@ -73,7 +83,7 @@ inline Tensor mirrored_weight(const Tensor& weight, const ConvPoolShape& s) {
   return mirrored;
 }
 
-// The gradient of x where there is no pool, by this kernel of its shape (apart: see run_panels); direct:
+// The gradient of x from that of the map, by this kernel of its shape (apart: see run_panels); direct:
 // run_direct.
 template <typename Direct>
 void run_dense_input(const PanelForward<float>& kernel, bool apart, const ConvPoolShape& s,

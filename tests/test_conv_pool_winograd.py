@@ -121,6 +121,19 @@ def test_gradients_of_real_numbers(compiled, pool):
     compare(*both(padding=1, **POOLS[pool]), tensors, compiled, OPS)
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("pool", [p for p in POOLS if p != "none"])
+@pytest.mark.parametrize("size", [(24, 24), (23, 21), (5, 45)], ids=str)
+def test_gradients_of_many_channels_below_a_pool(compiled, size, pool, channels_last):
+    """Where the gradient of x comes from the whole map, made again from the codes: rows and columns that no
+    window covers, windows that hang over."""
+    ours, stock = both(padding=1, **POOLS[pool])
+    tensors = laid_out(whole(conv_tensors(2, 72, *size, 40, 3)), channels_last)
+    grad = torch.randint(-3, 4, stock(**tensors).shape).float()
+    check_equal(ours, stock, tensors, compiled, OPS, grad_outputs=[grad])
+
+
 @pytest.mark.parametrize("activation", ["relu", "none"])
 def test_gradients_without_pool(compiled, activation):
     """Sums over many tiles, with an odd map."""

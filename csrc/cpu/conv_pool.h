@@ -109,6 +109,11 @@ struct PanelForward {
 struct WinogradKernels {
   PanelForward<float> of_2, of_4;  // by E
 
+  // The gradient of the map from (grad_y, code): rows [begin, end) of all its planes, or of all images if
+  // channels are last.
+  void (*unpool)(const ConvPoolShape&, const float* grad_y, const uint8_t* code, float* grad_map,
+                 int64_t begin, int64_t end);
+
   // Gradients of weight and bias where there is no pool, by E = 2: each call adds into a zeroed partial of
   // its own. x and grad [N, K, conv] in the shape's order; units and output panels as those of the forward.
   // The reduction works on outputs [begin, end) and tells whether all of its results are finite.

@@ -5,6 +5,7 @@
 #include "conv_pool_forward.h"
 #include "conv_pool_grad_input.h"
 #include "conv_pool_grad_weight.h"
+#include "conv_pool_unpool.h"
 #include "conv_pool_winograd.h"
 #include "conv_pool_winograd_grad.h"
 #include "isa.h"
@@ -44,6 +45,6 @@ extern const ConvPoolKernels CNNRNN_TABLE(conv_pool);
 const ConvPoolKernels CNNRNN_TABLE(conv_pool) = {
     conv_pool_kernels_of<float>(),
     conv_pool_kernels_of<double>(),
-    {winograd_forward_of<2>(), winograd_forward_of<4>(), winograd_partial_size, winograd_grad_scratch_bytes,
-     winograd_weight, winograd_weight_reduce}};
+    {winograd_forward_of<2>(), winograd_forward_of<4>(), unpool, winograd_partial_size,
+     winograd_grad_scratch_bytes, winograd_weight, winograd_weight_reduce}};
 }  // namespace cnnrnn

@@ -50,7 +50,7 @@ void prepare_v(const WinogradPlan<E, OnTiles>& plan, const ConvPoolShape& s, Hal
 }
 
 template <int E, typename Transform>
-void fill_v(const WinogradPlan<E, OnTiles>& plan, const ConvPoolShape& s, int64_t, float* staged,
+CNNRNN_APART void fill_v(const WinogradPlan<E, OnTiles>& plan, const ConvPoolShape& s, int64_t, float* staged,
             const Transform& transform, Half* v) {
   const int64_t chunk = OnTiles::chunk(s), stride = OnTiles::chunk_stride(s);
   for (int64_t c = 0; c < s.channels; c += chunk) {
