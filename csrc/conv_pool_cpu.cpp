@@ -70,8 +70,11 @@ void run_weight_gradient(const ConvPoolShape& s, const Tensor& grad_y, const Ten
               kernel.weight(s, data<T>(x), data<T>(grad_y), data<uint8_t>(code),
                             mutable_data<T>(partials) + slice * size, scratch, begin, end);
             });
-  kernel.weight_reduce(s, data<T>(partials), slices, grad_weight ? mutable_data<T>(*grad_weight) : nullptr,
-                       grad_bias ? mutable_data<T>(*grad_bias) : nullptr);
+  T* weights = grad_weight ? mutable_data<T>(*grad_weight) : nullptr;
+  T* biases = grad_bias ? mutable_data<T>(*grad_bias) : nullptr;
+  in_slices(x, s.outputs, 0, [&](int64_t, int64_t begin, int64_t end, char*) {
+    kernel.weight_reduce(s, data<T>(partials), slices, weights, biases, begin, end);
+  });
 }
 
 template <typename T>

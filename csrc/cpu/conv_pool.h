@@ -58,13 +58,15 @@ struct ConvPoolKernelsOf {
   void (*forward)(const ConvPoolShape&, const T* x, const T* packed, T* y, uint8_t* code, T* kept,
                   void* scratch, int64_t begin, int64_t end);
 
-  // Gradients of weight and bias: each call adds into a zeroed partial of its own, reduced afterwards.
+  // Gradients of weight and bias: each call adds into a zeroed partial of its own, reduced afterwards for
+  // outputs [begin, end).
   int64_t (*weight_partial_size)(const ConvPoolShape&);
   int64_t (*weight_units)(const ConvPoolShape&);
   int64_t (*weight_scratch_bytes)(const ConvPoolShape&);
   void (*weight)(const ConvPoolShape&, const T* x, const T* grad_y, const uint8_t* code, T* partial,
                  void* scratch, int64_t begin, int64_t end);
-  void (*weight_reduce)(const ConvPoolShape&, const T* partials, int64_t count, T* grad_weight, T* grad_bias);
+  void (*weight_reduce)(const ConvPoolShape&, const T* partials, int64_t count, T* grad_weight, T* grad_bias,
+                        int64_t begin, int64_t end);
 
   // Gradient of x.
   int64_t (*input_packed_size)(const ConvPoolShape&);

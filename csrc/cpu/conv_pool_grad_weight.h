@@ -203,23 +203,31 @@ void weight_gradient(const ConvPoolShape& s, const T* x, const T* grad_y, const 
   }
 }
 
+// Of outputs [begin, end).
 template <typename T>
-void weight_reduce(const ConvPoolShape& s, const T* partials, int64_t count, T* grad_weight, T* grad_bias) {
+void weight_reduce(const ConvPoolShape& s, const T* partials, int64_t count, T* grad_weight, T* grad_bias,
+                   int64_t begin, int64_t end) {
   const WeightPlan<T> plan(s);
   const Footprint<T>& footprint = plan.footprint;
-  const int64_t stride = weight_partial_size<T>(s);
-  for (int64_t k = 0; k < s.outputs; ++k) {
+  const int64_t stride = weight_partial_size<T>(s), taps = s.kernel.h * s.kernel.w;
+  for (int64_t k = begin; k < end; ++k) {
     const T* own = partials + k * plan.partial_stride();
-    const auto total = [&](int64_t place) {
-      T result = own[place];
-      for (int64_t i = 1; i < count; ++i) result += own[i * stride + place];
+    const auto total = [&](const T* at, int64_t n) {
+      Vec<T> result = load_n(at, n);
+      for (int64_t i = 1; i < count; ++i) result += load_n(at + i * stride, n);
       return result;
     };
-    if (grad_bias) grad_bias[k] = total(footprint.slabs * footprint.dense_size());
+    if (grad_bias) grad_bias[k] = total(own + footprint.slabs * footprint.dense_size(), 1)[0];
     if (!grad_weight) continue;
-    for (int64_t c = 0; c < s.group_channels(); ++c)
-      for (int64_t ky = 0; ky < s.kernel.h; ++ky)
-        for (int64_t kx = 0; kx < s.kernel.w; ++kx) *grad_weight++ = total(footprint.place(s, c, ky, kx));
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t c = 0; c < s.group_channels(); c += kLanesOf<T>) {
+        const T* from = own + footprint.place(s, c, tap / s.kernel.w, tap % s.kernel.w);
+        // A slab is a multiple of the lanes, or all channels.
+        const int64_t n = smaller(s.group_channels() - c, kLanesOf<T>);
+        const Vec<T> sums = total(from, n);
+        T* to = grad_weight + (k * s.group_channels() + c) * taps + tap;
+        for (int64_t i = 0; i < n; ++i) to[i * taps] = sums[i];
+      }
   }
 }
 
