@@ -37,13 +37,12 @@ void run_direct(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, c
 
 // What computes a call in float32; null: the direct kernels.
 const PanelForward<float>* panel_kernel(const ConvPoolShape& s, bool high) {
-  if (winograd_pays(s)) {
-    const bool coarse = high && coarse_winograd_pays(s);
-    if (tiles()) return coarse ? &tiles()->winograd_of_4 : &tiles()->winograd_of_2;
-    const auto& winograd = kernels().winograd;
-    return coarse ? &winograd.of_4 : &winograd.of_2;
-  }
-  return tiles_pay(s) ? &tiles()->f32 : nullptr;
+  if (!winograd_pays(s)) return tiles_pay(s) ? &tiles()->f32 : nullptr;
+  const bool coarse = high && coarse_winograd_pays(s);
+  if (!coarse && too_small_for_winograd(s) && tiles_serve(s)) return &tiles()->f32;
+  if (tiles()) return coarse ? &tiles()->winograd_of_4 : &tiles()->winograd_of_2;
+  const auto& winograd = kernels().winograd;
+  return coarse ? &winograd.of_4 : &winograd.of_2;
 }
 
 template <typename T>

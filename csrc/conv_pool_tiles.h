@@ -23,11 +23,12 @@ inline bool tiles_serve(const ConvPoolShape& s) {
 
 // Whether float32 is faster there than on the direct kernels. Both are counted in cycles for one pixel of the
 // map and 16 outputs: six products of parts for every 32 values under a row of the kernel, and the input's
-// copy, against two multiply-adds a cycle. The copy and the margin were fitted to 20 shapes of 3 to 256
-// channels on one processor; the batch has no say, so that it changes no result.
+// copy, against two multiply-adds a cycle, of vectors that run along a row of outputs. The copy and the
+// margin were fitted to 20 shapes of 3 to 256 channels on one processor; the batch has no say, so that it
+// changes no result.
 inline bool tiles_pay(const ConvPoolShape& s) {
   if (!tiles_serve(s)) return false;
-  constexpr double kCopy = 24, kMargin = 1.3;
+  constexpr double kCopy = 24, kMargin = 1.5;
   const auto blocks = [](int64_t count, int64_t size) {
     return static_cast<double>((count + size - 1) / size);
   };
@@ -39,7 +40,8 @@ inline bool tiles_pay(const ConvPoolShape& s) {
   const double copied = static_cast<double>(s.input.h * s.input.w) / static_cast<double>(s.conv.h * s.conv.w);
   const double cycles = 6 * rows * blocks(depth, 32) * pitch / width +
                         kCopy * copied * blocks(s.channels, 32) / blocks(s.outputs, 16);
-  return kMargin * cycles < static_cast<double>(s.kernel.h * s.kernel.w * s.channels) / 2;
+  const double of_vectors = 16 * blocks(s.pooled.w, 16) / static_cast<double>(s.pooled.w);
+  return kMargin * cycles < static_cast<double>(s.kernel.h * s.kernel.w * s.channels) / 2 * of_vectors;
 }
 
 }  // namespace cnnrnn

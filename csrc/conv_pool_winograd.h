@@ -19,6 +19,13 @@ inline bool winograd_pays(const ConvPoolShape& s) {
   return covered && s.channels >= 8 && s.outputs >= 4 && tiles * s.channels >= 128;
 }
 
+// Whether direct products on tile registers are faster: on small maps what Winograd's algorithm saves is less
+// than its larger weights cost (measured at 64 to 512 channels, batches of 1 to 16; at 16 images of 512
+// channels it would be a fifth faster).
+inline bool too_small_for_winograd(const ConvPoolShape& s) {
+  return ((s.conv.h + 1) / 2) * ((s.conv.w + 1) / 2) <= 16;
+}
+
 // Whether F(4x4, 3x3) is the faster one where F(2x2, 3x3) pays: by the products of one image, and with fewer
 // channels its longer transforms cost what they save (measured at one size of image, 56 x 56).
 inline bool coarse_winograd_pays(const ConvPoolShape& s) {

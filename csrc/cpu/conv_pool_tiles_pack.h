@@ -66,6 +66,7 @@ int64_t tiles_packed_size(const ConvPoolShape& s) {  // in floats
   const TilePlan<P> plan(s);
   return ceil_div(s.outputs, kPanelOutputs) * plan.panel_size() / 2;
 }
+
 // Bits of float32.
 CNNRNN_INLINE vf widened(const float* p, int64_t n) { return load_n(p, n); }
 CNNRNN_INLINE vf widened(const Half* p, int64_t n) {
@@ -74,55 +75,41 @@ CNNRNN_INLINE vf widened(const Half* p, int64_t n) {
   if (n >= kLanes)
     __builtin_memcpy(&halves, p, sizeof(halves));
   else
-    __builtin_memcpy(&halves, p, 2 * n);
+    for (int64_t i = 0; i < n; ++i) halves[i] = p[i];
   return reinterpret_cast<vf>(__builtin_convertvector(halves, vu) << 16);
 }
 
-typedef uint16_t HalfLanes __attribute__((vector_size(2 * kLanes)));
-
-// The parts of contiguous values.
-template <int P, typename T>
-CNNRNN_INLINE void stage_parts(const T* from, int64_t count, Half* to, int64_t to_part) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Parts<P> parts = parts_of<P>(widened(from + i, smaller(count - i, kLanes)));
-    for (int p = 0; p < P; ++p) {
-      const HalfLanes halves = __builtin_convertvector(parts.of[p] >> 16, HalfLanes);
-      __builtin_memcpy(to + p * to_part + i, &halves, sizeof(halves));
+// Weights of 16 outputs and up to 32 channels, one vector of outputs for each channel and tap: that of
+// channel c and tap t, as they lie in weight, to staged[c * taps + t]. from: the first weight; outputs and
+// channels lie of_output and of_channel apart.
+template <typename T>
+CNNRNN_INLINE void stage_weights(const T* from, int64_t of_output, int64_t of_channel, int64_t outputs,
+                                 int64_t channels, int64_t taps, float (*staged)[kTileSide]) {
+  // Of one output, weights of all channels lie side by side, unless it is outputs that do within a channel.
+  const bool whole = of_channel == taps;
+  const int64_t run = whole ? channels * taps : taps, runs = whole ? 1 : channels;
+  for (int64_t r = 0; r < runs; ++r, from += of_channel, staged += run)
+    for (int64_t f = 0; f < run; f += kLanes) {
+      const int64_t n = smaller(run - f, kLanes);
+      if (of_output == 1) {
+        storeu(staged[f], widened(from, outputs));
+        continue;
+      }
+      vf block[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i)
+        block[i] = i < outputs ? widened(from + i * of_output + f, n) : vf{};
+      // Rows of weights are too far apart for the processor to foresee them.
+      for (int64_t i = 0; i < kLanes; ++i) __builtin_prefetch(from + i * of_output + f + run);
+      transpose<float>(block);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i)
+        if (i < n) storeu(staged[f + i], block[i]);
     }
-  }
-}
-
-// Lane i: from[index[i]], of 32.
-CNNRNN_INLINE vs take(vs from, vs index) {
-#if defined(__AVX512BW__)
-  return reinterpret_cast<vs>(
-      _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(index), reinterpret_cast<__m512i>(from)));
-#else
-  vs v{};
-  for (int i = 0; i < kTileDepth; ++i) v[i] = from[index[i] & (kTileDepth - 1)];
-  return v;
-#endif
-}
-
-// Every `stride`-th of 32 * stride halves, from `first` on: 32 of them.
-CNNRNN_INLINE vs take_every(const Half* from, int stride, int first) {
-  vs count{}, taken{};
-#pragma GCC unroll 32
-  for (int i = 0; i < kTileDepth; ++i) count[i] = static_cast<int16_t>(i);
-  const vs place = count * static_cast<int16_t>(stride) + static_cast<int16_t>(first);
-  const vs vector = place >> 5;
-  for (int j = 0; j < stride; ++j)
-    taken = vector == static_cast<int16_t>(j)
-                ? take(loadu(reinterpret_cast<const int16_t*>(from) + j * kTileDepth), place)
-                : taken;
-  return taken;
 }
 
 // weight [K, C, KH, KW] -> for panels [begin, end) of outputs: [run][step][P][2][16 pairs][16 outputs][2].
 // mirrored: weight is [C, K, KH, KW] and each kernel turned by half a turn.
-//
-// 32 channels of an output at a time are parted and staged in the order in which they lie. Where channels
-// come in pairs, those of 16 outputs then change places by whole vectors; else each half goes by itself.
 template <int P, typename T>
 void tiles_pack(const ConvPoolShape& s, const T* weight, bool mirrored, float* packed, int64_t begin,
                 int64_t end) {
@@ -130,9 +117,7 @@ void tiles_pack(const ConvPoolShape& s, const T* weight, bool mirrored, float* p
   const int64_t taps = s.kernel.h * s.kernel.w, of_run = taps / plan.runs;
   const int64_t of_output = taps * (mirrored ? 1 : s.channels),
                 of_channel = taps * (mirrored ? s.outputs : 1);
-  constexpr int64_t kStaged = kTileDepth * kMostTaps + kLanes;
-  alignas(64) Half staged[P * kStaged], rows[kMostTaps][P][kTileSide][kTileDepth];
-  const bool in_pairs = s.channels % 2 == 0;
+  alignas(64) float staged[kTileDepth * kMostTaps][kTileSide];
   for (int64_t panel = begin; panel < end; ++panel) {
     Half* const to_panel = reinterpret_cast<Half*>(packed) + panel * plan.panel_size();
     if ((panel + 1) * kPanelOutputs > s.outputs || plan.depth % kTileDepth)
@@ -148,35 +133,28 @@ void tiles_pack(const ConvPoolShape& s, const T* weight, bool mirrored, float* p
                     tile = k % kPanelOutputs / kTileSide * kTileValues;
       for (int64_t c0 = 0; c0 < s.channels; c0 += kTileDepth) {
         const int64_t channels = smaller(kTileDepth, s.channels - c0);
-        for (int64_t i = 0; i < outputs; ++i) {
-          const T* const from = weight + (k + i) * of_output + c0 * of_channel;
-          // The next channels: rows of weights are too far apart for the processor to foresee them.
-          for (int64_t ahead = 0; !mirrored && ahead < kTileDepth * taps; ahead += 64 / sizeof(T))
-            __builtin_prefetch(from + kTileDepth * taps + ahead);
-          for (int64_t c = 0; c < (mirrored ? channels : 1); ++c)
-            stage_parts<P>(from + c * of_channel, mirrored ? taps : channels * taps, staged + c * taps,
-                           kStaged);
+        stage_weights(weight + k * of_output + c0 * of_channel, of_output, of_channel, outputs, channels,
+                      taps, staged);
+        for (int64_t c = 0; c < channels; c += 2)
           for (int64_t t = 0; t < taps; ++t) {
+            const bool two = c + 1 < channels;
             const int64_t tap = mirrored ? taps - 1 - t : t;
-            for (int p = 0; p < P; ++p)
-              if (in_pairs)
-                storeu(reinterpret_cast<int16_t*>(rows[tap][p][i]),
-                       take_every(staged + p * kStaged, taps, t));
-              else
-                for (int64_t c = 0; c < channels; ++c)
-                  place(tap, c0 + c)[tile + p * kTilePanel * kTileValues + 2 * i] =
-                      staged[p * kStaged + c * taps + t];
-          }
-        }
-        for (int64_t tap = 0; in_pairs && tap < taps; ++tap)
-          for (int p = 0; p < P; ++p) {
-            vf words[kLanes];
-            for (int i = 0; i < kLanes; ++i)
-              words[i] = i < outputs ? loadu(reinterpret_cast<const float*>(rows[tap][p][i])) : vf{};
-            transpose<float>(words);
-            for (int64_t c = 0; c < channels; c += 2)
-              store_words(place(tap, c0 + c) + tile + p * kTilePanel * kTileValues,
-                          reinterpret_cast<vu>(words[c / 2]));
+            const Parts<P> even = parts_of<P>(loadu(staged[c * taps + t]));
+            const Parts<P> odd = two ? parts_of<P>(loadu(staged[(c + 1) * taps + t])) : Parts<P>{};
+            for (int p = 0; p < P; ++p) {
+              const vu words = even.of[p] >> 16 | odd.of[p];
+              const int64_t at = tile + p * kTilePanel * kTileValues;
+              if (s.channels % 2 == 0) {
+                store_words(place(tap, c0 + c) + at, words);
+                continue;
+              }
+              // Pairs of a run are not pairs of channels: each half goes by itself.
+              Half* const to[2] = {place(tap, c0 + c) + at, two ? place(tap, c0 + c + 1) + at : nullptr};
+              for (int64_t i = 0; i < outputs; ++i) {
+                to[0][2 * i] = static_cast<Half>(words[i]);
+                if (two) to[1][2 * i] = static_cast<Half>(words[i] >> 16);
+              }
+            }
           }
       }
     }

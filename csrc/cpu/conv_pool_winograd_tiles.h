@@ -51,7 +51,7 @@ void prepare_v(const WinogradPlan<E, OnTiles>& plan, const ConvPoolShape& s, Hal
 
 template <int E, typename Transform>
 CNNRNN_APART void fill_v(const WinogradPlan<E, OnTiles>& plan, const ConvPoolShape& s, int64_t, float* staged,
-            const Transform& transform, Half* v) {
+                         const Transform& transform, Half* v) {
   const int64_t chunk = OnTiles::chunk(s), stride = OnTiles::chunk_stride(s);
   for (int64_t c = 0; c < s.channels; c += chunk) {
     if (c + chunk > s.channels) __builtin_memset(staged, 0, staged_size(plan, s) * sizeof(float));
@@ -89,44 +89,52 @@ int64_t winograd_tiles_packed_size(const ConvPoolShape& s) {  // in floats
          OnTiles::u_tile(s.channels) / 2;
 }
 
+// The kernels of 16 channels from c on of output k, transformed: place p to staged[p * stride ...]. mirrored
+// as in winograd_pack.
+template <int E>
+CNNRNN_INLINE void transform_kernels(const ConvPoolShape& s, const float* weight, bool mirrored, int64_t k,
+                                     int64_t c, float* staged, int64_t stride) {
+  const int64_t of_output = 9 * (mirrored ? 1 : s.channels), of_channel = 9 * (mirrored ? s.outputs : 1);
+  const float* from = weight + k * of_output + c * of_channel;
+  vf taps[kLanes], turned[9];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; ++i)
+    taps[i] = k < s.outputs && c + i < s.channels ? load_n(from + i * of_channel, 9) : vf{};
+  transpose<float>(taps);
+#pragma GCC unroll 9
+  for (int tap = 0; tap < 9; ++tap) turned[tap] = taps[mirrored ? 8 - tap : tap];
+  transform_weights<E>(turned, staged, stride);
+}
+
 // winograd_pack for tile registers: U[panel][place][tile of outputs][step of
-// channels][part][output][channel].
+// channels][part][output][channel]. The tiles of one step are made side by side, then copied: their places in
+// U lie pages apart.
 template <int E>
 void winograd_tiles_pack(const ConvPoolShape& s, const float* weight, bool mirrored, float* packed,
                          int64_t begin, int64_t end) {
-  const int64_t of_output = 9 * (mirrored ? 1 : s.channels), of_channel = 9 * (mirrored ? s.outputs : 1);
+  constexpr int kPlaces = kPlacesOf<E>;
   const int64_t u_tile = OnTiles::u_tile(s.channels);
-  alignas(64) float staged[2][kPlacesOf<E>][kLanes];
-  for (int64_t k = begin * OnTiles::kPanelOutputs; k < end * OnTiles::kPanelOutputs; ++k) {
-    Half* const of_place =
-        reinterpret_cast<Half*>(packed) +
-        (k / OnTiles::kPanelOutputs * kPlacesOf<E> * kTilePanel + k % OnTiles::kPanelOutputs / kTileSide) *
-            u_tile +
-        k % kTileSide * kTileDepth;
-    for (int64_t c = 0; c < s.channels; c += kTileDepth) {
-      for (int half = 0; half < 2; ++half) {
-        vf taps[kLanes];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kLanes; ++i) {  // the kernel of a channel
-          const int64_t channel = c + half * kLanes + i;
-          taps[i] = k < s.outputs && channel < s.channels
-                        ? load_n(weight + k * of_output + channel * of_channel, 9)
-                        : vf{};
-        }
-        transpose<float>(taps);
-        vf turned[9];
-#pragma GCC unroll 9
-        for (int tap = 0; tap < 9; ++tap) turned[tap] = taps[mirrored ? 8 - tap : tap];
-        transform_weights<E>(turned, staged[half][0], kLanes);
-      }
-      Half* to = of_place + c / kTileDepth * kParts * kTileValues;
-      for (int p = 0; p < kPlacesOf<E>; ++p, to += kTilePanel * u_tile) {
-        const Parts<kParts> first = parts_of<kParts>(loadu(staged[0][p]));
-        const Parts<kParts> second = parts_of<kParts>(loadu(staged[1][p]));
+  alignas(64) float staged[kPlaces][2][kLanes];
+  alignas(64) Half tiles[kPlaces][kParts][kTileSide][kTileDepth];
+  for (int64_t tile = begin * kTilePanel; tile < end * kTilePanel; ++tile) {
+    Half* const of_tile = reinterpret_cast<Half*>(packed) +
+                          (tile / kTilePanel * kPlaces * kTilePanel + tile % kTilePanel) * u_tile;
+    for (int64_t step = 0; step < tile_steps(s.channels); ++step) {
+      for (int64_t i = 0; i < kTileSide; ++i) {
+        for (int half = 0; half < 2; ++half)
+          transform_kernels<E>(s, weight, mirrored, tile * kTileSide + i, step * kTileDepth + half * kLanes,
+                               staged[0][half], 2 * kLanes);
+        for (int p = 0; p < kPlaces; ++p) {
+          const Parts<kParts> first = parts_of<kParts>(loadu(staged[p][0]));
+          const Parts<kParts> second = parts_of<kParts>(loadu(staged[p][1]));
 #pragma GCC unroll 3
-        for (int part = 0; part < kParts; ++part)
-          store_words(to + part * kTileValues, halves_of(first.of[part], second.of[part]));
+          for (int part = 0; part < kParts; ++part)
+            store_words(tiles[p][part][i], halves_of(first.of[part], second.of[part]));
+        }
       }
+      for (int p = 0; p < kPlaces; ++p)
+        __builtin_memcpy(of_tile + p * kTilePanel * u_tile + step * kParts * kTileValues, tiles[p],
+                         sizeof(tiles[p]));
     }
   }
 }
