@@ -277,6 +277,7 @@ void forward(const ConvPoolShape& s, const T* x, const T* packed, T* y, uint8_t*
       }
     }
   }
+  stores_past_done();
 }
 
 }  // namespace

@@ -248,6 +248,7 @@ void run_tiles(const ConvPoolShape& s, const T* x, const float* packed, const fl
     }
   }
   tiles_end();
+  stores_past_done();
 }
 
 template <int P, typename T>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activations.h"
+#include "conv_pool_past.h"
 #include "conv_pool_pool.h"
 #include "transpose.h"
 
@@ -40,20 +41,23 @@ void write_block(const ConvPoolShape& s, const Strip& strip, const T* ys, const 
                  int64_t k0, int64_t channels, Out* y, uint8_t* code) {
   constexpr int L = kLanesOf<T>;
   const int64_t windows = strip.rows * s.pooled.w, before = strip.row * s.pooled.w;
+  const bool past = passes_cache<Out>(s.batch * s.outputs * s.windows());
+  const auto put = [&](int64_t to, Vec<T> v, int64_t n) {
+    if (!past || !store_past(y + to, v, n)) store_values(y + to, v, n);
+  };
   if (s.channels_last) {
     const int64_t at = (strip.image * s.windows() + before) * s.outputs + k0;
     for (int64_t w = 0; w < windows; ++w) {
       for (int64_t c = 0; c < channels; c += L) {
-        store_values(y + at + w * s.outputs + c, loadu(ys + w * lanes + c), channels - c);
+        put(at + w * s.outputs + c, loadu(ys + w * lanes + c), channels - c);
         if (code) store_codes<T>(code + at + w * s.outputs + c, loadu(codes + w * lanes + c), channels - c);
       }
     }
     return;
   }
   const int64_t plane = s.windows(), at = (strip.image * s.outputs + k0) * plane + before;
-  transpose(ys, windows, channels, lanes, [&](int64_t k, int64_t w, Vec<T> v, int64_t count) {
-    store_values(y + at + k * plane + w, v, count);
-  });
+  transpose(ys, windows, channels, lanes,
+            [&](int64_t k, int64_t w, Vec<T> v, int64_t count) { put(at + k * plane + w, v, count); });
   if (code)
     transpose(codes, windows, channels, lanes, [&](int64_t k, int64_t w, Vec<T> v, int64_t count) {
       store_codes<T>(code + at + k * plane + w, v, count);
@@ -84,6 +88,7 @@ template <typename Out, typename Activate>
 void write_map(const ConvPoolShape& s, const Strip& strip, const float* map, int64_t lanes, int64_t k0,
                int64_t channels, Out* y, const Activate& activate) {
   const int64_t plane = s.windows(), width = s.pooled.w;
+  const bool past = passes_cache<Out>(s.batch * s.outputs * plane);
   for (int64_t r = strip.row; r < strip.row + strip.rows; ++r, map += strip.pitch * lanes) {
     if (s.channels_last) {
       Out* to = y + (strip.image * plane + r * width) * s.outputs + k0;
@@ -93,7 +98,9 @@ void write_map(const ConvPoolShape& s, const Strip& strip, const float* map, int
     } else {
       Out* to = y + (strip.image * s.outputs + k0) * plane + r * width;
       transpose(map, width, channels, lanes, [&](int64_t k, int64_t x, vf v, int64_t count) {
-        store_values(to + k * plane + x, activate(v), count);
+        const vf value = activate(v);
+        if (!past || !store_past(to + k * plane + x, value, count))
+          store_values(to + k * plane + x, value, count);
       });
     }
   }
