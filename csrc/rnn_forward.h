@@ -10,14 +10,19 @@ template <typename T>
 class RnnForward {
  public:
   RnnForward(Cell cell, const RnnProblem<T>& problem, const RnnOutputs<T>& out)
-      : narrow_(problem.weights != Weights::kElement && takes_narrow(problem.layout, problem.weights)),
-        few_((narrow_ || problem.weights == Weights::kElement) &&
+      : turned_(problem.weights == Weights::kElement && !problem.x_bf16
+                    ? turned_kernels_for<T>(problem.layout.rows, cell)
+                    : nullptr),
+        narrow_(problem.weights != Weights::kElement && takes_narrow(problem.layout, problem.weights)),
+        few_((narrow_ || problem.weights == Weights::kElement) && !(turned_ && problem.layout.steps == 1) &&
              problem.layout.rows <= (problem.layout.steps == 1 ? kDirectStepRows : kDirectRows)),
         direct_(few_ || narrow_ ||
                 (problem.weights == Weights::kElement && problem.layout.batch <= kDirectBatch)),
-        k((direct_ ? rnn_kernels_of<T>() : packed_kernels_for<T>(problem.layout.batch, problem.x_bf16))
-              .cells[cell]),
-        input_(problem.layout.rows < (problem.x_bf16 ? kManyHalfRows : kManyRows) ||
+        k(turned_ && problem.layout.steps == 1 ? *turned_
+          : direct_ ? rnn_kernels_of<T>().cells[cell]
+                    : packed_kernels_for<T>(problem.layout.batch, problem.x_bf16).cells[cell]),
+        input_(turned_ && &k == &rnn_kernels_of<T>().cells[cell] ? *turned_
+               : problem.layout.rows < (problem.x_bf16 ? kManyHalfRows : kManyRows) ||
                        (narrow_ && !problem.x_bf16)
                    ? k
                    : packed_kernels_for<T>(problem.layout.rows, problem.x_bf16).cells[cell]),
@@ -54,7 +59,7 @@ class RnnForward {
     chunk_ = std::min(std::max<int64_t>(chunk_, 1), layout.steps);
     if (!fused_ && !projects_in_place()) projected_ = scratch_.template take<T>(D * chunk_ * N * k.gates * H);
     if (!direct_) member_size_ = k.scratch(N, fused_ ? p.input : 0, H, false);
-    if (!fused_) member_size_ = std::max(member_size_, input_.scratch(1, p.input, H, false));
+    if (!fused_) member_size_ = std::max(member_size_, input_.project_scratch(chunk_ * N, p.input));
     member_scratch_ = scratch_.template take<T>(torch::stable::get_num_threads() * member_size_);
     for (from_ = 0; from_ < layout.steps; from_ += chunk_) {
       count_ = std::min(chunk_, layout.steps - from_);
@@ -72,10 +77,14 @@ class RnnForward {
   // Packing for tile registers takes longer: rows enough to make up for it.
   static constexpr int64_t kManyRows = 256, kManyHalfRows = 32;
 
-  int64_t packed(int64_t depth) const { return k.packed(panels_, depth); }
+  int64_t packed(int64_t depth) const { return packed(k, depth); }
+  // Elements of the packed weights of one direction, or of as many as come.
+  int64_t packed(const CellKernels<T>& of, int64_t depth) const {
+    return of.as_they_come ? of.gates * H * depth : of.packed(panels_, depth);
+  }
   // The kernels that multiply x, and what packed W takes for them.
   const CellKernels<T>& of_input() const { return fused_ ? k : input_; }
-  int64_t packed_input() const { return of_input().packed(panels_, p.input); }
+  int64_t packed_input() const { return packed(of_input(), p.input); }
 
   void widen_input() {
     const int64_t count = layout.rows * p.input;
@@ -85,14 +94,16 @@ class RnnForward {
   }
 
   void pack() {
-    if (fused_ ? !direct_ : !narrow_input_) w_ = scratch_.template take<T>(D * packed_input());
-    if (!direct_) r_ = scratch_.template take<T>(D * packed(H));
+    if ((fused_ ? !direct_ : !narrow_input_) && !of_input().as_they_come)
+      w_ = scratch_.template take<T>(D * packed_input());
+    if (!direct_ && !k.as_they_come) r_ = scratch_.template take<T>(D * packed(H));
     if (!direct_ && p.bias_ih[0]) bias_ = scratch_.template take<T>(D * packed_bias());
-    if (!w_) return;
-    for_workers(workers_, [&](int64_t worker) {
-      const Share share(panels_, worker, workers_);
+    if (!w_ && !r_ && !bias_) return;
+    const int64_t workers = w_ || r_ ? workers_ : 1;
+    for_workers(workers, [&](int64_t worker) {
+      const Share share(panels_, worker, workers);
       for (int64_t d = 0; d < D; ++d) {
-        pack_gates(of_input(), p.weight_ih[d], p.input, share, w_ + d * packed_input());
+        if (w_) pack_gates(of_input(), p.weight_ih[d], p.input, share, w_ + d * packed_input());
         if (r_) pack_gates(k, p.weight_hh[d], H, share, r_ + d * packed(H));
         if (bias_ && worker == 0) k.pack_bias(p.bias_ih[d], p.bias_hh[d], H, bias_ + d * packed_bias());
       }
@@ -104,6 +115,7 @@ class RnnForward {
     else
       of.pack_gates(static_cast<const T*>(w), H, depth, share.first, share.last, to);
   }
+  const void* input_weights(int64_t d) const { return w_ ? w_ + d * packed_input() : p.weight_ih[d]; }
   int64_t packed_bias() const { return panels_ * k.parts * k.panel_units; }
 
   // x from row `first` on, as the kernels that multiply it take it.
@@ -136,7 +148,7 @@ class RnnForward {
         RnnForwardStep<T> step{};
         step.rows = layout.offset(t + count_) - first, step.hidden = H, step.input = p.input;
         set_input(step, first);
-        step.w = narrow_input_ ? p.weight_ih[d] : w_ + d * packed_input(), step.scale_ih = p.scale_ih[d];
+        step.w = input_weights(d), step.scale_ih = p.scale_ih[d];
         step.projection = projection_at(d, t), step.projection_stride = projection_stride();
         step.scratch = member_scratch(worker);
         const Share share(panels_ * (narrow_input_ ? 1 : ceil_div(step.rows, input_.band_rows)), worker,
@@ -179,12 +191,12 @@ class RnnForward {
     step.projected = !fused_;
     if (fused_) {
       set_input(step, at);
-      step.w = direct_ ? p.weight_ih[d] : w_ + d * packed_input();
+      step.w = input_weights(d);
     } else {
       step.projection = projection_at(d, t) + row * projection_stride();
       step.projection_stride = projection_stride();
     }
-    step.r = direct_ ? p.weight_hh[d] : r_ + d * packed(H);
+    step.r = r_ ? r_ + d * packed(H) : p.weight_hh[d];
     step.bias = bias_ ? bias_ + d * packed_bias() : nullptr;
     step.bias_ih = p.bias_ih[d], step.bias_hh = p.bias_hh[d];
     step.scale_ih = p.scale_ih[d], step.scale_hh = p.scale_hh[d];
@@ -229,6 +241,7 @@ class RnnForward {
       std::memset(to, 0, bytes);
   }
 
+  const CellKernels<T>* const turned_;  // where rows are as many as pay for them
   const bool narrow_, few_, direct_;
   const CellKernels<T>&k, &input_;  // of the scan, and of x * W where that stands apart
   const RnnProblem<T>& p;

@@ -87,6 +87,19 @@ const RnnKernels<T>& packed_kernels_for(int64_t rows, bool half) {
   return rnn_kernels_of<T>();
 }
 
+// The kernels on tile registers for `rows` rows in all beside weights as they come, or null where others are
+// faster.
+template <typename T>
+const CellKernels<T>* turned_kernels_for(int64_t rows, Cell cell) {
+  constexpr int64_t kLeast = 28, kMost = 255;
+  if constexpr (sizeof(T) == sizeof(float)) {
+#if defined(__x86_64__)
+    if (active_isa() == Isa::kAmx && rows >= kLeast && rows <= kMost) return &rnn_amx_turned[cell];
+#endif
+  }
+  return nullptr;
+}
+
 template <typename T>
 struct RnnOutputs {
   T *output, *h_n, *c_n;  // h_n and c_n may be null where output and cells say the same (one step)

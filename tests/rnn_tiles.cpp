@@ -8,8 +8,8 @@
 #include "rnn_tiles.h"
 
 #define CNNRNN_ISA tested
-#include "rnn_amx.h"
 #include "rnn_kernels.h"
+#include "rnn_turned.h"
 
 using cnnrnn::CellKernels;
 using cnnrnn::Product;
@@ -44,8 +44,9 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
   c_same.reset = h.reset;
   Buffer<T> projection(rows * (G * H + 1)), kept(keep ? (rows + 2) * K * H : 0);
   Buffer<T> c_out(k.has_c ? rows * H : 0), h_out(rows * (H + 1));
-  Buffer<T> packed_w(k.packed(panels, I)), packed_r(k.packed(panels, H));
-  Buffer<T> scratch(k.scratch(rows, I, H, false));
+  Buffer<T> packed_w(k.as_they_come ? 0 : k.packed(panels, I));
+  Buffer<T> packed_r(k.as_they_come ? 0 : k.packed(panels, H));
+  Buffer<T> scratch(std::max(k.scratch(rows, I, H, false), k.project_scratch(rows, I)));
   Buffer<T> packed_bias(panels * P * k.panel_units);
   const bool from_bf16 = how == How::kFusedFromBf16 || how == How::kProjectedFromBf16;
   Buffer<Bf16> half_x, half_w, half_r;
@@ -57,7 +58,7 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
   if (from_bf16) {
     half_w = narrowed(w), half_r = narrowed(r), half_x = narrowed(x);
     pack(k.pack_gates_bf16, half_w, half_r);
-  } else {
+  } else if (!k.as_they_come) {
     pack(k.pack_gates, w, r);
   }
   k.pack_bias(b_ih.data(), b_hh.data(), H, packed_bias.data());
@@ -66,7 +67,7 @@ void forward(const CellKernels<T>& k, int cell, int64_t rows, int64_t H, int64_t
   s.rows = rows, s.hidden = H, s.input = I, s.downward = rows % 2;
   s.x = x.data(), s.x_stride = I + 2;
   if (from_bf16 && k.takes_bf16) s.x = nullptr, s.x_bf16 = half_x.data();
-  s.w = packed_w.data(), s.r = packed_r.data();
+  s.w = k.as_they_come ? w.data() : packed_w.data(), s.r = k.as_they_come ? r.data() : packed_r.data();
   if (bias) s.bias = packed_bias.data(), s.bias_ih = b_ih.data(), s.bias_hh = b_hh.data();
   s.h = h.view(), s.c = c_same.view();
   s.projection = projection.data(), s.projection_stride = G * H + 1;
@@ -267,6 +268,16 @@ void products(const RnnKernels<T>& k, int64_t rows, int64_t columns, int64_t dep
   }
 }
 
+// Kernels that take weights as they come. Units that fill a panel, some of one, one more; one.
+void turned(const CellKernels<float>& k, int cell) {
+  for (int64_t rows : {1, 16, 17, 33, 48, 64, 65, 130, 257})
+    for (int64_t H : {k.panel_units - 1, k.panel_units, k.panel_units + 1, 1}) {
+      const bool odd = (rows + H) % 2;
+      forward(k, cell, rows, H, rows < 100 ? 37 : 3, How::kFused, odd, true, !odd);
+      forward(k, cell, rows, H, 32, How::kProjected, !odd, !odd, odd);
+    }
+}
+
 template <typename T>
 void all(const RnnKernels<T>& k, const std::vector<int64_t>& heights) {
   for (int cell = 0; cell < cnnrnn::kCells; ++cell) {
@@ -317,6 +328,10 @@ int main() {
   all(cnnrnn::rnn_tested.f64, heights);
   // One tile, two, a pair and one; two bands.
   all(parted_kernels<3>(), {1, 15, 16, 17, 33, 80});
+  turned(turned_cell<3, LstmUnits>(), cnnrnn::kLstm);
+  turned(turned_cell<3, GruUnits>(), cnnrnn::kGru);
+  turned(turned_cell<3, ElmanUnits<ElmanTanh>>(), cnnrnn::kRnnTanh);
+  turned(turned_cell<3, ElmanUnits<ElmanRelu>>(), cnnrnn::kRnnRelu);
   halves = true;
   all(parted_kernels<1>(), {1, 17, 33});
   std::printf("%d-byte vectors: %ld checks, %ld failures\n", kVectorBytes, static_cast<long>(checks),

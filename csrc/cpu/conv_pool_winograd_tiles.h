@@ -78,9 +78,9 @@ CNNRNN_INLINE void multiply_place(const WinogradPlan<E, OnTiles>& plan, const Co
                                   const float* packed, int64_t panel, int64_t p, const Half* v, float* m) {
   const int64_t u_tile = OnTiles::u_tile(s.channels), first = plan.first_output(s, panel);
   const Half* u = reinterpret_cast<const Half*>(packed) + (panel * kPlacesOf<E> + p) * kTilePanel * u_tile;
-  multiply_tiles_of<kParts, kTileVectors>(tile_rows(smaller(s.outputs - first, OnTiles::kPanelOutputs)), u,
-                                          u_tile, v, kTileVectors * kTileValues, tile_steps(s.channels), m,
-                                          kPanelTiles, false);
+  multiply_tiles_of<kParts>(tile_rows(smaller(s.outputs - first, OnTiles::kPanelOutputs)), kTileVectors, u,
+                            u_tile, v, kTileVectors * kTileValues, tile_steps(s.channels), m, kPanelTiles,
+                            false);
 }
 
 template <int E>

@@ -2,12 +2,17 @@
 
 #include "conv_pool_tiles.h"
 #include "conv_pool_winograd_tiles.h"
-#include "rnn_amx.h"
+#include "rnn_turned.h"
 
 namespace cnnrnn {
 extern const RnnKernels<float> rnn_amx_float32, rnn_amx_bfloat16;
 const RnnKernels<float> rnn_amx_float32 = parted_kernels<3>();
 const RnnKernels<float> rnn_amx_bfloat16 = parted_kernels<1>();
+
+extern const CellKernels<float> rnn_amx_turned[kCells];
+const CellKernels<float> rnn_amx_turned[kCells] = {turned_cell<3, LstmUnits>(), turned_cell<3, GruUnits>(),
+                                                   turned_cell<3, ElmanUnits<ElmanTanh>>(),
+                                                   turned_cell<3, ElmanUnits<ElmanRelu>>()};
 
 extern const ConvPoolTiles conv_pool_amx;
 const ConvPoolTiles conv_pool_amx = {tiles_forward<3, float>(), winograd_tiles_of<2>(),

@@ -123,11 +123,15 @@ template <typename T>
 struct CellKernels {
   int gates, parts, kept;
   int joint;  // the first gates, whose input and state parts are one; the others' state parts stand last
-  bool has_c, has_carry, takes_bf16;  // project and forward: x_bf16
+  bool has_c, has_carry;
+  bool takes_bf16;    // project and forward: x_bf16
+  bool as_they_come;  // project and forward: weights [G, hidden, depth]; nothing packs them
   int panel_units, tile_rows, band_rows;
   int64_t (*packed)(int64_t panels, int64_t depth);  // elements that packed weights take
-  // Elements of scratch memory that a step of `rows` rows needs, forward (input 0 where projected) or back.
+  // Elements of scratch memory that a step of `rows` rows needs, forward (input 0 where projected) or back;
+  // and their projection.
   int64_t (*scratch)(int64_t rows, int64_t input, int64_t hidden, bool backward);
+  int64_t (*project_scratch)(int64_t rows, int64_t input);
   // w [G * hidden][depth] to panels [first, last).
   void (*pack_gates)(const T* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out);
   void (*pack_gates_bf16)(const Bf16* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, T* out);
@@ -181,5 +185,8 @@ extern const RnnTable rnn_baseline, rnn_avx2, rnn_avx512;
 
 // On tile registers: beside rnn_avx512, for as many rows as fill a tile. The direct kernels are missing.
 extern const RnnKernels<float> rnn_amx_float32, rnn_amx_bfloat16;
+
+// On tile registers too, forward only: for rows that would not make up for packing the weights.
+extern const CellKernels<float> rnn_amx_turned[kCells];
 
 }  // namespace cnnrnn

@@ -20,6 +20,20 @@ struct TileSession {
   ~TileSession() { tiles_end(); }
 };
 
+// pack_gates: columns of B are rows of w.
+template <int P, typename Cell, typename W>
+void part_gates(const W* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, float* out) {
+  constexpr int U = Cell::kUnitVectors, V = kVectorsOf<Cell>;
+  for (int64_t panel = first; panel < last; ++panel)
+    part_turned<P, V>(
+        V, depth,
+        [&](int64_t c) {
+          const int64_t unit = panel * U * kLanes + c % (U * kLanes);
+          return unit < hidden ? w + (c / (U * kLanes) * hidden + unit) * depth : nullptr;
+        },
+        out + panel * PartedPanel<P, V>::size(depth));
+}
+
 // for_bands_of_panels, with tiles of rows where the tile registers have them.
 template <typename F>
 CNNRNN_INLINE void for_parted_bands(int64_t rows, int64_t first, int64_t last, bool downward, const F& f) {
@@ -135,9 +149,7 @@ struct PartedBackward {
 template <int P, typename Cell>
 int64_t scratch_parted(int64_t rows, int64_t input, int64_t hidden, bool backward) {
   if (backward) return PartedRows<P>::size(rows, PartedBackward<P, Cell>::depth(hidden));
-  const int64_t step = PartedForward<P, Cell>::scratch(rows, input, hidden);
-  const int64_t projection = PartedRows<P>::size(kPartedRows, input);
-  return step > projection ? step : projection;
+  return PartedForward<P, Cell>::scratch(rows, input, hidden);
 }
 
 template <int P, typename Cell>
@@ -272,6 +284,7 @@ constexpr cnnrnn::CellKernels<float> parted_cell() {
   k.has_c = Cell::kHasC, k.has_carry = Cell::kHasCarry, k.takes_bf16 = true;
   k.panel_units = kPanelUnits<float, Cell>, k.tile_rows = kTileSide, k.band_rows = kPartedRows;
   k.packed = packed_parts<P, kVectorsOf<Cell>>, k.scratch = scratch_parted<P, Cell>;
+  k.project_scratch = [](int64_t, int64_t input) { return PartedRows<P>::size(kPartedRows, input); };
   k.pack_gates = part_gates<P, Cell, float>, k.pack_gates_bf16 = part_gates<P, Cell, Bf16>;
   k.pack_bias = pack_bias<float, Cell>;
   k.project = project_parted<P, Cell>, k.forward = forward_parted<P, Cell>;

@@ -17,6 +17,7 @@ constexpr cnnrnn::CellKernels<T> cell_kernels() {
   k.panel_units = kPanelUnits<T, Cell>, k.tile_rows = kForwardRows<Cell>;
   k.band_rows = kBandRows<kVectorsOf<Cell>>;
   k.packed = packed_gates<T, Cell>, k.scratch = [](int64_t, int64_t, int64_t, bool) { return int64_t{0}; };
+  k.project_scratch = [](int64_t, int64_t) { return int64_t{0}; };
   k.pack_gates = pack_gates<T, Cell, T>, k.pack_bias = pack_bias<T, Cell>;
   k.project = project<T, Cell>, k.forward = forward_step<T, Cell>, k.backward = backward_step<T, Cell>;
   k.forward_direct = forward_direct<T, Cell>;

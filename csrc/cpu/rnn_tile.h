@@ -15,9 +15,8 @@ constexpr int kTileRows = kTileRowsOf<4>;
 template <typename T>
 constexpr int kPanel = 4 * kLanesOf<T>;
 
-// What a tile asks the second-level cache to fetch for tiles to come: a line every kAheadSteps of the depth,
-// which costs nothing beside the multiplications. A step of 0 asks for the same line over and over.
-constexpr int kAheadSteps = 4;
+// What a tile asks the second-level cache to fetch for tiles to come: a line at every depth, which costs
+// nothing beside the multiplications. A step of 0 asks for the same line over and over.
 struct Ahead {
   const char* line;
   int64_t step;
@@ -55,11 +54,10 @@ template <typename T, int Rows, int V>
 CNNRNN_INLINE void multiply_rows(Vec<T> (&acc)[Rows][V], const T* const (&a)[Rows], int64_t from, const T* b,
                                  int64_t depth, Ahead ahead) {
   constexpr int L = kLanesOf<T>;
-  for (int64_t k = from; k < from + depth; ahead.line += ahead.step) {
-    __builtin_prefetch(ahead.line, 0, 2);
-    const int64_t end = k + kAheadSteps < from + depth ? k + kAheadSteps : from + depth;
 #pragma GCC unroll 1
-    for (; k < end; ++k, b += V * L) multiply_step<T, Rows, V>(acc, a, k, b);
+  for (int64_t k = from; k < from + depth; ++k, b += V * L, ahead.line += ahead.step) {
+    __builtin_prefetch(ahead.line, 0, 2);
+    multiply_step<T, Rows, V>(acc, a, k, b);
   }
 }
 
@@ -152,7 +150,7 @@ CNNRNN_INLINE void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 2); }
 // first-level cache for all of them. Blocks are also added up by themselves, which keeps the rounding error
 // of long sums down.
 constexpr int kBandTiles = 8;
-constexpr int64_t kSumBlock = kVectorRegisters >= 32 ? 256 : 192;
+constexpr int64_t kSumBlock = kVectorRegisters >= 32 ? 128 : 192;
 template <int V>
 constexpr int kBandRows = kBandTiles * kTileRowsOf<V>;
 
@@ -214,8 +212,7 @@ struct BandTile {
   CNNRNN_INLINE void run(int64_t row) const {
     if (block.from == 0)
       for (int r = 0; r < Rows; ++r) prefetch_row(row + r);
-    block.template run<Rows>(row,
-                             {ahead.line + row / Rows * (kSumBlock / kAheadSteps) * ahead.step, ahead.step});
+    block.template run<Rows>(row, {ahead.line + row / Rows * kSumBlock * ahead.step, ahead.step});
   }
 };
 
@@ -224,9 +221,9 @@ struct BandTile {
 template <typename T, int V, typename Prefetch = NoPrefetch>
 CNNRNN_INLINE void multiply_band(BandSums<T, V>& sums, int64_t rows, const T* const* a, const T* b,
                                  int64_t depth, Into into, const Prefetch& prefetch_row = {}) {
-  // The share of one tile in the next block; a few tiles leave most of it to the hardware, which for them
-  // sees the panel as one stream.
-  const bool foresee = rows > kBandRows<V> / 3;
+  // The share of one tile in the blocks to come; a single tile leaves them to the hardware, which sees the
+  // panel as one stream.
+  const bool foresee = rows > kTileRowsOf<V>;
   const int64_t line = foresee ? 64 : 0;
   for (int64_t k = 0; k == 0 || k < depth; k += kSumBlock) {
     const int64_t block = depth - k < kSumBlock ? depth - k : kSumBlock;

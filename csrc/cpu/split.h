@@ -277,34 +277,29 @@ void part_columns_of(const B* b, int64_t stride, int64_t depth, int64_t columns,
                        out + p * PartedPanel<P, 4>::size(depth));
 }
 
-// pack_gates: columns of B are rows of w, which lie along the depth.
-template <int P, typename Cell, typename W>
-void part_gates(const W* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, float* out) {
-  constexpr int U = Cell::kUnitVectors, V = kVectorsOf<Cell>;
+// The first `vectors` of columns that lie along the depth: column(c) is where one begins, or null for zeros.
+template <int P, int V, typename Columns>
+CNNRNN_INLINE void part_turned(int64_t vectors, int64_t depth, const Columns& column, float* panel) {
   using Panel = PartedPanel<P, V>;
-  for (int64_t panel = first; panel < last; ++panel) {
-    float* const to_panel = out + panel * Panel::size(depth);
-    part_panel<P, V>(to_panel, depth, [&](const auto& part) {
-      for (int64_t k = 0; k < depth; k += kTileDepth)
-        for (int v = 0; v < V; ++v) {
-          const int64_t unit = (panel * U + v % U) * kLanes, n = valid(hidden, unit, kLanes);
-          const W* from = w + (v / U * hidden + unit) * depth + k;
-          vf pairs[P][kLanes];
-          for (int l = 0; l < kLanes; ++l) {
-            const int64_t left = l < n ? depth - k : 0;
-            const Parts<P> a = part(load_n(from + l * depth, valid(left, 0, kLanes)));
-            const Parts<P> b = part(load_n(from + l * depth + kLanes, valid(left, kLanes, kLanes)));
-            for (int p = 0; p < P; ++p) pairs[p][l] = reinterpret_cast<vf>(halves_of(a.of[p], b.of[p]));
-          }
-          Half* to = Panel::halves(to_panel) + k / kTileDepth * Panel::kStep + v * kTileValues;
-          for (int p = 0; p < P; ++p) {
-            transpose<float>(pairs[p]);
-            for (int l = 0; l < kLanes; ++l)
-              store_words(to + p * V * kTileValues + l * kTileDepth, reinterpret_cast<vu>(pairs[p][l]));
-          }
+  part_panel<P, V>(panel, depth, [&](const auto& part) {
+    for (int64_t k = 0; k < depth; k += kTileDepth)
+      for (int64_t v = 0; v < vectors; ++v) {
+        vf pairs[P][kLanes];
+        for (int l = 0; l < kLanes; ++l) {
+          const auto* const from = column(v * kLanes + l);
+          const int64_t left = from ? depth - k : 0;
+          const Parts<P> a = part(load_n(from + k, valid(left, 0, kLanes)));
+          const Parts<P> b = part(load_n(from + k + kLanes, valid(left, kLanes, kLanes)));
+          for (int p = 0; p < P; ++p) pairs[p][l] = reinterpret_cast<vf>(halves_of(a.of[p], b.of[p]));
         }
-    });
-  }
+        Half* to = Panel::halves(panel) + k / kTileDepth * Panel::kStep + v * kTileValues;
+        for (int p = 0; p < P; ++p) {
+          transpose<float>(pairs[p]);
+          for (int l = 0; l < kLanes; ++l)
+            store_words(to + p * V * kTileValues + l * kTileDepth, reinterpret_cast<vu>(pairs[p][l]));
+        }
+      }
+  });
 }
 
 // c (+)= a b, of R x C tiles. a: [steps][P] tiles, `a_rows` from one tile of rows to the next. b: [steps][P]
@@ -358,19 +353,19 @@ CNNRNN_INLINE void multiply_tiles(const Half* a, int64_t a_rows, const Half* b, 
   if constexpr (R > 1 && C > 1) tile_store<3>(c + kTileSide * c_stride + kTileSide, c_bytes);
 }
 
-// The same for `rows` tiles of rows x V vectors of columns.
-template <int P, int V>
-CNNRNN_INLINE void multiply_tiles_of(int64_t rows, const Half* a, int64_t a_rows, const Half* b,
-                                     int64_t b_part, int64_t steps, float* c, int64_t c_stride,
+// The same for `rows` tiles of rows x `vectors` of columns.
+template <int P>
+CNNRNN_INLINE void multiply_tiles_of(int64_t rows, int64_t vectors, const Half* a, int64_t a_rows,
+                                     const Half* b, int64_t b_part, int64_t steps, float* c, int64_t c_stride,
                                      bool accumulate) {
   for (int64_t r = 0; r < rows; r += 2) {
     const bool two = r + 1 < rows;
-    for (int v = 0; v < V; v += 2) {
+    for (int64_t v = 0; v < vectors; v += 2) {
       const Half *a_from = a + r * a_rows, *b_from = b + v * kTileValues;
       float* to = c + r * kTileSide * c_stride + v * kTileSide;
-      if (v + 1 < V && two)
+      if (v + 1 < vectors && two)
         multiply_tiles<P, 2, 2>(a_from, a_rows, b_from, b_part, steps, to, c_stride, accumulate);
-      else if (v + 1 < V)
+      else if (v + 1 < vectors)
         multiply_tiles<P, 1, 2>(a_from, a_rows, b_from, b_part, steps, to, c_stride, accumulate);
       else if (two)
         multiply_tiles<P, 2, 1>(a_from, a_rows, b_from, b_part, steps, to, c_stride, accumulate);
@@ -380,23 +375,23 @@ CNNRNN_INLINE void multiply_tiles_of(int64_t rows, const Half* a, int64_t a_rows
   }
 }
 
-// sums (+)= A * panel for `rows` rows of A from the tile of rows `tile` on; value(r, k) is what A was filled
-// with, r counted from that tile.
+// sums (+)= A * panel for `rows` rows of A from the tile of rows `tile` on, and the first `vectors` of
+// columns; value(r, k) is what A was filled with, r counted from that tile.
 template <int P, int V, int kRows, typename Value>
 CNNRNN_INLINE void multiply_parted(BandSums<float, V, kRows>& sums, const PartedRows<P>& a, int64_t tile,
                                    int64_t rows, const Value& value, const PanelSlice<P, V>& panel,
-                                   bool accumulate) {
+                                   bool accumulate, int64_t vectors = V) {
   const int64_t count = tile_rows(rows), steps = tile_steps(a.depth);
   bool plain = panel.plain;
   for (int64_t t = 0; t < count; ++t) plain = plain && a.plain[tile + t];
   if (plain) {
-    multiply_tiles_of<P, V>(count, a.tiles + tile * a.tile_size(a.depth), a.tile_size(a.depth),
-                            panel.halves(), V * kTileValues, steps, reinterpret_cast<float*>(sums.of[0]),
-                            V * kTileSide, accumulate);
+    multiply_tiles_of<P>(count, vectors, a.tiles + tile * a.tile_size(a.depth), a.tile_size(a.depth),
+                         panel.halves(), V * kTileValues, steps, reinterpret_cast<float*>(sums.of[0]),
+                         V * kTileSide, accumulate);
     return;
   }
   for (int64_t r = 0; r < rows; ++r)
-    for (int v = 0; v < V; ++v) {
+    for (int64_t v = 0; v < vectors; ++v) {
       vf sum = accumulate ? sums.of[r][v] : vf{};
       for (int64_t k = 0; k < a.depth; ++k) sum += broadcast(value(r, k)) * panel.whole(k, v);
       sums.of[r][v] = sum;
