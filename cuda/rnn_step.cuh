@@ -6,7 +6,7 @@
 // memory, and each (unit, row) goes on in one thread.
 #pragma once
 
-#include "rnn_common.cuh"
+#include "rnn_step_unit.cuh"
 
 namespace cnnrnn::cuda {
 namespace {
@@ -106,15 +106,6 @@ __global__ void __launch_bounds__(kStepThreads, 2) rnn_step_forward(RnnForward p
   block_barrier();
   if (!tile.owns(s)) return;
 
-  const int n = tile.row, unit = tile.unit;
-  const Moment now(s, direction, step, n);
-  if (step == 0 && length_of(s, n) == 0)
-    store_state<Cell, T>(s, load_state<Cell, A, T>(s, p.h_0, p.c_0, direction, n, unit), p.h_n, p.c_n,
-                         direction, n, unit);
-  if (!now.runs) return;
-  Values<A, Cell::kParts> a{};
-  add_gates_x<Cell, A, T>(a, p, direction, now.row, unit);
-  add_biases<Cell, A, T>(a, p.bias_ih[direction], p.bias_hh[direction], unit, hidden);
   // The parts' sum by itself, whose roundings are smaller than those of a sum that begins with x * W.
   Gates from_state{};
 #pragma unroll
@@ -122,22 +113,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) rnn_step_forward(RnnForward p
 #pragma unroll
     for (int gate = 0; gate < Cell::kGates; ++gate)
       from_state.v[gate] += partial[(i * kTileRows + tile.local_row) * kStepUnits + tile.local_unit].v[gate];
-  add_state<Cell>(a, from_state);
-  const int64_t at = state_at(s, direction, n, unit);
-  State<A> before = {0, 0};
-  if (!now.cut) {
-    if (now.first) {
-      before = load_state<Cell, A, T>(s, p.h_0, p.c_0, direction, n, unit);
-    } else {
-      before.h = load_or_zero<A, T>(p.output, output_at(s, now.row_before, direction, unit));
-      if constexpr (Cell::kHasC) before.c = static_cast<const A*>(p.carry_c)[at];
-    }
-  }
-  Values<A, Cell::kKept> kept{};
-  const State<A> state = Cell::forward(a, before, kept);
-  if constexpr (Cell::kHasC) static_cast<A*>(p.carry_c)[at] = state.c;
-  store_step<Cell, T>(p, state, kept, direction, now.row, unit);
-  if (now.last) store_state<Cell, T>(s, state, p.h_n, p.c_n, direction, n, unit);
+  step_unit_forward<Cell, T>(p, step, direction, tile.row, tile.unit, from_state);
 }
 
 // The gradients of step's parts, from those of step + 1. With step = -1 the gradient of h_0 and c_0.
@@ -198,30 +174,11 @@ __global__ void __launch_bounds__(kStepThreads, 2) rnn_step_backward(RnnBackward
   block_barrier();
   if (!tile.owns(s)) return;
 
-  const int n = tile.row, unit = tile.unit;
-  const int64_t at = state_at(s, direction, n, unit);
-  A *carry_h = static_cast<A*>(p.carry_h) + at, *carry_c = static_cast<A*>(p.carry_c) + at;
-  State<A> grad_now = {0, 0};
-  if (last) {
-    grad_now = load_state<Cell, A, T>(s, p.grad_h_n, p.grad_c_n, direction, n, unit);
-  } else {
-    grad_now.h = *carry_h;
-    if constexpr (Cell::kHasC) grad_now.c = *carry_c;
-  }
+  A from_next = 0;
 #pragma unroll
   for (int i = 0; i < kStepParts; ++i)
-    grad_now.h += partial[(i * kTileRows + tile.local_row) * kStepUnits + tile.local_unit].v[0];
-  if (step < 0) {
-    store_state<Cell, T>(s, grad_now, p.grad_h_0, p.grad_c_0, direction, n, unit);
-    return;
-  }
-  const Moment now(s, direction, step, n);
-  Values<A, Cell::kParts> d;
-  if (now.runs)
-    grad_now = step_gradients<Cell, A, T>(p, now, load_step<Cell, A, T>(p, now, direction, n, unit),
-                                          direction, unit, grad_now, d);
-  *carry_h = grad_now.h;
-  if constexpr (Cell::kHasC) *carry_c = grad_now.c;
+    from_next += partial[(i * kTileRows + tile.local_row) * kStepUnits + tile.local_unit].v[0];
+  step_unit_backward<Cell, T>(p, step, direction, tile.row, tile.unit, from_next);
 }
 
 // ---- launchers ----
