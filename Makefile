@@ -60,6 +60,7 @@ format: $(HAVE_LINT) ## ruff and clang-format, in place
 cuda: $(INSTALLED) ## compile the CUDA library (needs nvcc; no GPU, no CUDA torch) and list its resources
 	CNNRNN_CUDA=1 CNNRNN_REQUIRE_EXT=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python cuda/resources.py $(ARGS)
+	$(BIN)/python tests/cuda_emulation/launches.py
 
 abi-check: $(INSTALLED) ## the library built here, under another torch; ARGS="--torch torch==2.12.0"
 	$(BIN)/python tests/abi_check.py $(ARGS)

@@ -63,6 +63,7 @@ CUDA_KERNEL_SOURCES = [
         "rnn",
         "rnn_tensor_forward",
         "rnn_tensor_backward",
+        "rnn_tensor_step",
     )
 ]
 INFO_SOURCES = ["csrc/module.cpp", "csrc/cpu/capability.cpp"]

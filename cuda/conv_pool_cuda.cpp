@@ -178,16 +178,16 @@ void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, 
   const Tensor w = dense(weight), b = bias ? dense(*bias) : w;
   const void* const of_bias = bias ? input(b) : nullptr;
   const DType dtype = dtype_of(x);
-  if (!on_tensor_cores(s, dtype, tf32))
-    return conv_pool_forward(dtype, s, input_map(x), input(w), of_bias, out, device.stream);
   const ConvPoolShape t = rows_as_image(s);
+  const ConvPoolResults of_rows = {rows_as_image(s, out.y), rows_as_image(s, out.code),
+                                   rows_as_image(s, out.kept)};
   Units units{rows_as_image(s, input_map(x)), std::nullopt};
+  if (!on_tensor_cores(s, dtype, tf32))
+    return conv_pool_forward(dtype, t, units.map, input(w), of_bias, of_rows, device.stream);
   if (conv_pool_tensor_reads_units(dtype, t))
     units = in_units(x, bytes_of(dtype), units.map, t.n, t.c, t.groups, t.in, 16 / bytes_of(dtype), device);
   const Tensor workspace = bytes_like(x, conv_pool_tensor_forward_workspace(dtype, t));
-  conv_pool_tensor_forward(dtype, t, units.map, input(w), of_bias,
-                           {rows_as_image(s, out.y), rows_as_image(s, out.code), rows_as_image(s, out.kept)},
-                           output(workspace), device.stream);
+  conv_pool_tensor_forward(dtype, t, units.map, input(w), of_bias, of_rows, output(workspace), device.stream);
 }
 
 // y, and for a backward pass code and what is kept of the map: see operators.schema.

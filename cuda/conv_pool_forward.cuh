@@ -1,7 +1,7 @@
 // conv_pool forward by direct convolution: one accumulator per window position, the pool in registers.
 #pragma once
 
-#include "conv_pool_windows.cuh"
+#include "conv_pool_direct.cuh"
 
 namespace cnnrnn::cuda {
 namespace {
@@ -9,11 +9,7 @@ namespace {
 // ---- 3x3, stride 1, windows in 2x2 blocks ----
 // A block of 128 threads makes a tile of 2x2 blocks, kPairs threads wide; a thread makes two of them side by
 // side in kOut channels: kOut * 2 * 4 accumulators, one for each convolution output.
-constexpr int kTileThreads = 128;
 constexpr int kTileChannels = 4;  // input channels staged at a time
-
-template <typename A>
-constexpr int kTileOut = sizeof(A) == 8 ? 4 : 8;
 
 template <int kPairs>
 struct Tile {
@@ -91,37 +87,15 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 4 : 2)
     }
   }
 
-#pragma unroll
-  for (int i = 0; i < kOut * 8; ++i) sum[i] += bias && i / 8 < k_count ? widen(bias[k_begin + i / 8]) : A(0);
+  add_bias<kOut>(sum, bias, k_begin, k_count);
   A* keys = shared_memory<A>() + tid;
-  if (has_keys(s.activation)) {
-    block_barrier();  // the operands have been read
-    compute_keys<kOut * 8>(s.activation, [&](int i) { return sum[i]; }, keys, kTileThreads);
-  }
-  const int block_y = tile_y * Tile::kRows + row, block_x = tile_x * Tile::kCols + 2 * pair;
-  with_block_windows(s.pool, [&](auto windows) {
-    using Windows = decltype(windows);
-#pragma unroll
-    for (int k = 0; k < kOut; ++k) {
-#pragma unroll
-      for (int i = 0; i < 2 * Windows::kCount; ++i) {
-        const int window = i % Windows::kCount, block = i / Windows::kCount;
-        const int h = block_y * Windows::kDown + window / Windows::kAcross;
-        const int w = (block_x + block) * Windows::kAcross + window % Windows::kAcross;
-        if (k >= k_count || h >= s.out.h || w >= s.out.w) continue;
-        const auto place = [&](int dy, int dx) { return k * 8 + dy * 4 + 2 * block + dx; };
-        const auto value = [&](int dy, int dx) { return sum[place(dy, dx)]; };
-        const auto key = [&](int dy, int dx) {
-          return has_keys(s.activation) ? keys[place(dy, dx) * kTileThreads] : value(dy, dx);
-        };
-        Windows::template winner<A>(s, window, block_y, block_x + block, key, value)
-            .template store<T>(out, n, k_begin + k, h, w);
-      }
-    }
-  });
+  if (has_keys(s.activation)) block_barrier();  // the operands have been read
+  store_blocks<T, kOut>(
+      s, sum, keys, kTileThreads, n, k_begin, k_count, tile_y * Tile::kRows + row,
+      [&](int block) { return tile_x * Tile::kCols + 2 * pair + block; }, out);
 }
 
-// ---- any shape ----
+// ---- any shape, from memory ----
 // A thread makes one pooled position in kOut channels, one window position after the other.
 constexpr int kGeneralThreads = 128, kGeneralOut = 4;
 
@@ -196,6 +170,8 @@ void forward(const ConvPoolShape& s, Map x, const void* weight_data, const void*
              const ConvPoolResults& out, void* stream) {
   const T *weight = static_cast<const T*>(weight_data), *bias = static_cast<const T*>(bias_data);
   if (!is_3x3_in_blocks(s)) {
+    if (const DirectTile tile = direct_tile<T>(s); tile.covers())
+      return launch_direct(s, tile, x, weight, bias, out, stream);
     const int64_t blocks = ceil_div(int64_t(s.n) * s.out.h * s.out.w, int64_t(kGeneralThreads));
     const int tiles_k = s.groups * ceil_div(s.k / s.groups, kGeneralOut);
     launch(conv_pool_forward_general<T>, dim3(grid_size(blocks), tiles_k), kGeneralThreads, 0, stream, s, x,

@@ -264,17 +264,19 @@ unsigned blocks_at_once(Kernel, unsigned, size_t) {
 template <typename... Params, typename... Args>
 void launch_clusters(void (*kernel)(Params...), dim3 grid, unsigned blocks, unsigned threads,
                      size_t shared_bytes, void*, Args... args) {
+  const emulator::Index size{grid.x, grid.y, grid.z};
+  if (emulator::recorded(reinterpret_cast<const void*>(kernel), size, blocks, threads, shared_bytes)) return;
   const std::tuple<Params...> params(static_cast<Params>(args)...);
-  emulator::run({grid.x, grid.y, grid.z}, blocks, false, threads, shared_bytes,
-                [&] { std::apply(kernel, params); });
+  emulator::run(size, blocks, false, threads, shared_bytes, [&] { std::apply(kernel, params); });
 }
 
 template <typename... Params, typename... Args>
 void launch_together(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared_bytes, void*,
                      Args... args) {
+  const emulator::Index size{grid.x, grid.y, grid.z};
+  if (emulator::recorded(reinterpret_cast<const void*>(kernel), size, 1, threads, shared_bytes)) return;
   const std::tuple<Params...> params(static_cast<Params>(args)...);
-  emulator::run({grid.x, grid.y, grid.z}, 1, true, threads, shared_bytes,
-                [&] { std::apply(kernel, params); });
+  emulator::run(size, 1, true, threads, shared_bytes, [&] { std::apply(kernel, params); });
 }
 
 template <typename P, typename T>

@@ -93,13 +93,18 @@ __host__ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
+// The nearest TF32 number of a float's bits; a NaN may get lost.
+__host__ __device__ __forceinline__ uint32_t high_part(uint32_t bits) {
+  return (bits + 0x1000u) & 0xFFFFE000u;
+}
+
 // A float as two TF32 numbers: the product of two such floats is, to 2^-22 or so, the sum of three products
-// of TF32. An infinity gives NaN.
+// of TF32. An infinity, and what is rounded to one, gives NaN.
 struct FloatParts {
   uint32_t high, low;
 };
 __host__ __device__ __forceinline__ FloatParts float_parts(uint32_t bits) {
-  const uint32_t high = bits & 0xFFFFE000u;
+  const uint32_t high = high_part(bits);
   // The tensor cores cut off the bits beyond TF32; half a unit more, and on the average they round.
   const float low = (bits_as<float>(bits) - bits_as<float>(high)) * (1 + 0x1p-11f);
   return {high, bits_as<uint32_t>(low)};

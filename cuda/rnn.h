@@ -44,8 +44,9 @@ struct RnnPlan {
   RnnSchedule schedule;
   int blocks;  // that share the units
   RnnProducts products;
-  size_t exchange_bytes;  // of workspace
+  size_t packed_bytes, exchange_bytes;  // of workspace
   int counters;
+  bool zeros;  // the exchange is to hold zeros
   bool tensor_cores() const { return products != RnnProducts::kFma; }
 };
 
@@ -63,7 +64,7 @@ struct RnnForward {
   void *h_n, *c_n;        // T [D, N, H]
   void* cells;            // T [R, D*H], or null: c after every step
   void* reserve;          // T [D, R, K, H], or null: what the backward needs
-  void* packed;           // workspace, T [D, H, H, G]: the recurrent weights in the kernels' order
+  void* packed;           // workspace: the recurrent weights in the kernels' order
   void* carry_c;          // workspace, A [D, N, H]: c from launch to launch
   void* exchange;         // workspace, as the plan says
   unsigned* counters;     // zeros, as many as the plan says
@@ -78,7 +79,7 @@ struct RnnBackward {
   const void *output, *cells, *reserve;  // T [R, D*H] twice, T [D, R, K, H]
   void* grad_parts[2];                   // D x T [R, P*H], of the pre-activations
   void *grad_h_0, *grad_c_0;             // T [D, N, H]
-  void* packed;                          // workspace, T [D, H, H, G]
+  void* packed;                          // workspace, as above
   void *carry_h, *carry_c;               // workspace, A [D, N, H]: gradients of the state, launch to launch
   void* exchange;                        // workspace, as the plan says
   unsigned* counters;                    // zeros, as many as the plan says

@@ -84,12 +84,12 @@ struct Operands {
   RnnPlan plan(bool tf32, bool forward) const { return rnn_plan(cell, dtype_of(x), shape, tf32, forward); }
   // Workspace for the kernels of a plan; counters are zeros.
   Tensor weight_workspace(const RnnPlan& plan) const {
-    return plan.tensor_cores()
-               ? nothing(x)
-               : empty_like_of(x, {shape.directions, shape.hidden, shape.hidden, sizes.gates});
+    return empty_like_of(x, {static_cast<int64_t>(plan.packed_bytes / x.element_size())});
   }
   Tensor exchange(const RnnPlan& plan) const {
-    return empty_like_of(x, {static_cast<int64_t>(plan.exchange_bytes / sizeof(float))}, ScalarType::Float);
+    const std::vector<int64_t> floats = {static_cast<int64_t>(plan.exchange_bytes / sizeof(float))};
+    return plan.zeros ? torch::stable::new_zeros(x, floats, ScalarType::Float)
+                      : empty_like_of(x, floats, ScalarType::Float);
   }
   Tensor counters(const RnnPlan& plan) const {
     return torch::stable::new_zeros(x, {plan.counters}, ScalarType::Int);

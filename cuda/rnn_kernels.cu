@@ -52,9 +52,21 @@ void run_resident(RnnCell cell, DType dtype, const RnnPlan& plan, const Params& 
   });
 }
 
-constexpr RnnPlan kAStep = {RnnSchedule::kStep, 1, RnnProducts::kFma, 0, 0};
+// Without tensor cores: the weights are packed as they are.
+RnnPlan fma_plan(RnnCell cell, DType dtype, const RnnShape& s, RnnSchedule schedule, int blocks) {
+  size_t element = 0;
+  with_type(dtype, [&](auto zero) { element = sizeof zero; });
+  const size_t packed = element * s.directions * s.hidden * s.hidden * rnn_sizes(cell).gates;
+  return {schedule, blocks, RnnProducts::kFma, packed, 0, 0, false};
+}
 
-// On tensor cores, or a launch a step.
+RnnPlan step_plan(RnnCell cell, DType dtype, const RnnShape& s, RnnProducts products, bool forward) {
+  const StreamNeeds needs = rnn_tensor_step_needs(cell, dtype, s, products, forward);
+  if (needs.shared > shared_memory_limit()) return fma_plan(cell, dtype, s, RnnSchedule::kStep, 1);
+  return {RnnSchedule::kStep, 1, products, needs.packed, needs.exchange, 0, true};
+}
+
+// On tensor cores; a launch a step may do without them.
 RnnPlan tensor_plan(RnnCell cell, DType dtype, const RnnShape& s, RnnProducts products, bool forward) {
   const auto launches = [&](int blocks, bool grid) {
     const auto ask = forward ? rnn_tensor_forward_launches : rnn_tensor_backward_launches;
@@ -65,7 +77,7 @@ RnnPlan tensor_plan(RnnCell cell, DType dtype, const RnnShape& s, RnnProducts pr
     return ask(cell, dtype, s, {products, blocks, false});
   };
   const int eights = ceil_div(s.hidden, 8);
-  const RnnPlan block = {RnnSchedule::kBlock, 1, products, 0, 0};
+  const RnnPlan block = {RnnSchedule::kBlock, 1, products, 0, 0, 0, false};
   const bool block_fits = eights <= 16 && launches(1, false) > 0;
   if (block_fits && eights <= 4) return block;
   // As few blocks as leave each with the units of 8 warps; only if need be with those of more.
@@ -74,20 +86,19 @@ RnnPlan tensor_plan(RnnCell cell, DType dtype, const RnnShape& s, RnnProducts pr
       if (ceil_div(eights, blocks) <= each && launches(blocks, false) > 0) {
         // A cluster takes less time for a step, a block on its own fewer multiprocessors.
         if (block_fits && !at_once(blocks)) return block;
-        return {RnnSchedule::kCluster, blocks, products, 0, 0};
+        return {RnnSchedule::kCluster, blocks, products, 0, 0, 0, false};
       }
   if (block_fits) return block;
-  // A launch a step multiplies without tensor cores. It takes as long as some launches of the grid: for
-  // floats two, by the arithmetic in README.md; for halves it is never ahead.
-  const int most_launches = products == RnnProducts::kHalves ? s.batch * s.directions : 2;
+  // A launch a step takes as long as some launches of the grid, by the arithmetic in README.md.
+  const int most_launches = products == RnnProducts::kHalves ? 3 : 2;
   for (int each = 4; each >= 1; --each) {
     const int blocks = ceil_div(eights, each), count = launches(blocks, true);
     if (count == 0 || count > most_launches) continue;
     const size_t bytes =
         forward ? rnn_tensor_forward_exchange(dtype, s) : rnn_tensor_backward_exchange(s, blocks);
-    return {RnnSchedule::kGrid, blocks, products, bytes, ceil_div(s.batch, 16) * s.directions};
+    return {RnnSchedule::kGrid, blocks, products, 0, bytes, ceil_div(s.batch, 16) * s.directions, false};
   }
-  return kAStep;
+  return step_plan(cell, dtype, s, products, forward);
 }
 
 TensorGroup group_of(const RnnPlan& plan) {
@@ -112,21 +123,24 @@ RnnPlan rnn_plan(RnnCell cell, DType dtype, const RnnShape& s, bool tf32, bool f
     if (plan.tensor_cores()) return plan;
   }
   const auto fits = forward ? resident_fits<true> : resident_fits<false>;
-  if (fits(cell, dtype, s.hidden, false)) return {RnnSchedule::kBlock, 1, RnnProducts::kFma, 0, 0};
-  const RnnPlan cluster = {RnnSchedule::kCluster, kClusterBlocks, RnnProducts::kFma, 0, 0};
+  if (fits(cell, dtype, s.hidden, false)) return fma_plan(cell, dtype, s, RnnSchedule::kBlock, 1);
+  const RnnPlan cluster = fma_plan(cell, dtype, s, RnnSchedule::kCluster, kClusterBlocks);
   const bool cluster_fits = fits(cell, dtype, s.hidden, true);
   // Its tiles have 4 rows. Once they are more than the device holds, those of 16 rows are ahead.
   if (cluster_fits && (forward ? resident_at_once<true> : resident_at_once<false>)(cell, dtype, s))
     return cluster;
   if (dtype == DType::kFloat) {
     const RnnPlan plan = on_tensor_cores(RnnProducts::kThreeTf32);
-    if (plan.tensor_cores()) return plan;
+    if (plan.tensor_cores() && !(cluster_fits && plan.schedule == RnnSchedule::kStep)) return plan;
   }
-  return cluster_fits ? cluster : kAStep;
+  return cluster_fits ? cluster : fma_plan(cell, dtype, s, RnnSchedule::kStep, 1);
 }
 
 void rnn_layer_forward(RnnCell cell, DType dtype, const RnnPlan& plan, const RnnForward& p, void* stream) {
-  if (plan.tensor_cores()) return rnn_tensor_forward_layer(cell, dtype, p, group_of(plan), stream);
+  if (plan.tensor_cores())
+    return plan.schedule == RnnSchedule::kStep
+               ? rnn_tensor_step_forward(cell, dtype, plan.products, p, stream)
+               : rnn_tensor_forward_layer(cell, dtype, p, group_of(plan), stream);
   if (plan.schedule != RnnSchedule::kStep) return run_resident<true>(cell, dtype, plan, p, stream);
   with_cell_and_type(cell, dtype, [&](auto unit, auto zero) {
     using Cell = decltype(unit);
@@ -136,7 +150,10 @@ void rnn_layer_forward(RnnCell cell, DType dtype, const RnnPlan& plan, const Rnn
 }
 
 void rnn_layer_backward(RnnCell cell, DType dtype, const RnnPlan& plan, const RnnBackward& p, void* stream) {
-  if (plan.tensor_cores()) return rnn_tensor_backward_layer(cell, dtype, p, group_of(plan), stream);
+  if (plan.tensor_cores())
+    return plan.schedule == RnnSchedule::kStep
+               ? rnn_tensor_step_backward(cell, dtype, plan.products, p, stream)
+               : rnn_tensor_backward_layer(cell, dtype, p, group_of(plan), stream);
   if (plan.schedule != RnnSchedule::kStep) return run_resident<false>(cell, dtype, plan, p, stream);
   with_cell_and_type(cell, dtype, [&](auto unit, auto zero) {
     using Cell = decltype(unit);

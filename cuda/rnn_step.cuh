@@ -2,11 +2,11 @@
 // in one kernel. Steps follow each other on the stream; the host never waits.
 //
 // A block makes 16 units of 4 * kRows batch rows. A thread is (unit, row group, part): it sums a quarter of
-// the reduction for kRows rows; the quarters meet in shared memory, and each (unit, row) goes on in one
-// thread.
+// the reduction for kRows rows, in two sums by turns, as shorter sums round less; the quarters meet in shared
+// memory, and each (unit, row) goes on in one thread.
 #pragma once
 
-#include "rnn_common.cuh"
+#include "rnn_step_unit.cuh"
 
 namespace cnnrnn::cuda {
 namespace {
@@ -14,6 +14,17 @@ namespace {
 constexpr int kStepUnits = 16, kStepGroups = 4, kStepParts = 4;
 constexpr int kStepThreads = kStepUnits * kStepGroups * kStepParts;
 constexpr int kStepChunk = 128;  // of the reduction, staged at a time: a multiple of kStepParts
+constexpr int kStepSums = 2;     // of a thread
+
+// first[r] += second[r]: the sums of a thread's rows.
+template <int kRows, typename A, int kCount>
+__device__ __forceinline__ void add_sums(Pack<A, kCount> (&first)[kRows],
+                                         const Pack<A, kCount> (&second)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) first[r].v[i] += second[r].v[i];
+}
 
 // Rows and units of a thread, by part of the kernel.
 template <int kRows>
@@ -51,7 +62,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) rnn_step_forward(RnnForward p
   const auto* weights =
       static_cast<const Pack<T, Cell::kGates>*>(p.packed) + int64_t(direction) * hidden * hidden;
 
-  Gates sum[kRows] = {};
+  Gates sum[kStepSums][kRows] = {};
   for (int k_begin = 0; k_begin < hidden; k_begin += kStepChunk) {
     const int count = min(kStepChunk, hidden - k_begin);
     block_barrier();  // the last chunk has been read
@@ -72,33 +83,29 @@ __global__ void __launch_bounds__(kStepThreads, 2) rnn_step_forward(RnnForward p
     if (tile.unit < hidden) {
       constexpr int kPart = kStepChunk / kStepParts;
       const int end = min(count, (tile.part + 1) * kPart);
-      for (int k = tile.part * kPart; k < end; ++k) {
-        const auto w = weights[int64_t(k_begin + k) * hidden + tile.unit];
-        const Rows old = *pack_at<const Rows>(h + k * kTileRows + tile.group * kRows);
+      for (int k_pair = tile.part * kPart; k_pair < end; k_pair += kStepSums)
 #pragma unroll
-        for (int gate = 0; gate < Cell::kGates; ++gate) {
-          const A weight = widen(w.v[gate]);
+        for (int i = 0; i < kStepSums; ++i) {
+          const int k = k_pair + i;
+          if (k >= end) continue;
+          const auto w = weights[int64_t(k_begin + k) * hidden + tile.unit];
+          const Rows old = *pack_at<const Rows>(h + k * kTileRows + tile.group * kRows);
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) sum[r].v[gate] += weight * old.v[r];
+          for (int gate = 0; gate < Cell::kGates; ++gate) {
+            const A weight = widen(w.v[gate]);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) sum[i][r].v[gate] += weight * old.v[r];
+          }
         }
-      }
     }
   }
+  add_sums(sum[0], sum[1]);
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
-    partial[(tile.part * kTileRows + tile.group * kRows + r) * kStepUnits + tile.local_unit] = sum[r];
+    partial[(tile.part * kTileRows + tile.group * kRows + r) * kStepUnits + tile.local_unit] = sum[0][r];
   block_barrier();
   if (!tile.owns(s)) return;
 
-  const int n = tile.row, unit = tile.unit;
-  const Moment now(s, direction, step, n);
-  if (step == 0 && length_of(s, n) == 0)
-    store_state<Cell, T>(s, load_state<Cell, A, T>(s, p.h_0, p.c_0, direction, n, unit), p.h_n, p.c_n,
-                         direction, n, unit);
-  if (!now.runs) return;
-  Values<A, Cell::kParts> a{};
-  add_gates_x<Cell, A, T>(a, p, direction, now.row, unit);
-  add_biases<Cell, A, T>(a, p.bias_ih[direction], p.bias_hh[direction], unit, hidden);
   // The parts' sum by itself, whose roundings are smaller than those of a sum that begins with x * W.
   Gates from_state{};
 #pragma unroll
@@ -106,22 +113,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) rnn_step_forward(RnnForward p
 #pragma unroll
     for (int gate = 0; gate < Cell::kGates; ++gate)
       from_state.v[gate] += partial[(i * kTileRows + tile.local_row) * kStepUnits + tile.local_unit].v[gate];
-  add_state<Cell>(a, from_state);
-  const int64_t at = state_at(s, direction, n, unit);
-  State<A> before = {0, 0};
-  if (!now.cut) {
-    if (now.first) {
-      before = load_state<Cell, A, T>(s, p.h_0, p.c_0, direction, n, unit);
-    } else {
-      before.h = load_or_zero<A, T>(p.output, output_at(s, now.row_before, direction, unit));
-      if constexpr (Cell::kHasC) before.c = static_cast<const A*>(p.carry_c)[at];
-    }
-  }
-  Values<A, Cell::kKept> kept{};
-  const State<A> state = Cell::forward(a, before, kept);
-  if constexpr (Cell::kHasC) static_cast<A*>(p.carry_c)[at] = state.c;
-  store_step<Cell, T>(p, state, kept, direction, now.row, unit);
-  if (now.last) store_state<Cell, T>(s, state, p.h_n, p.c_n, direction, n, unit);
+  step_unit_forward<Cell, T>(p, step, direction, tile.row, tile.unit, from_state);
 }
 
 // The gradients of step's parts, from those of step + 1. With step = -1 the gradient of h_0 and c_0.
@@ -134,13 +126,13 @@ __global__ void __launch_bounds__(kStepThreads, 2) rnn_step_backward(RnnBackward
   constexpr int kChunk = kStepChunk / 4;  // units; some gates each
   const RnnShape s = p.shape;
   const int hidden = s.hidden, direction = tile.direction;
-  const bool last = step == s.steps - 1;                  // no step comes after it
-  auto* grad = shared_memory<Gates>();                    // [j][row]
-  auto* partial = pack_at<A>(grad + kChunk * kTileRows);  // [part][row][unit]
+  const bool last = step == s.steps - 1;                             // no step comes after it
+  auto* grad = shared_memory<Gates>();                               // [j][row]
+  auto* partial = pack_at<Values<A, 1>>(grad + kChunk * kTileRows);  // [part][row][unit]
   const auto* weights =
       static_cast<const Pack<T, Cell::kGates>*>(p.packed) + int64_t(direction) * hidden * hidden;
 
-  A sum[kRows] = {};
+  Values<A, 1> sum[kStepSums][kRows] = {};
   for (int j_begin = 0; j_begin < (last ? 0 : hidden); j_begin += kChunk) {
     const int count = min(kChunk, hidden - j_begin);
     block_barrier();  // the last chunk has been read
@@ -160,47 +152,33 @@ __global__ void __launch_bounds__(kStepThreads, 2) rnn_step_backward(RnnBackward
     if (tile.unit < hidden) {
       constexpr int kPart = kChunk / kStepParts;
       const int end = min(count, (tile.part + 1) * kPart);
-      for (int j = tile.part * kPart; j < end; ++j) {
-        const auto w = weights[int64_t(j_begin + j) * hidden + tile.unit];
+      for (int j_pair = tile.part * kPart; j_pair < end; j_pair += kStepSums)
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const Gates g = grad[j * kTileRows + tile.group * kRows + r];
+        for (int i = 0; i < kStepSums; ++i) {
+          const int j = j_pair + i;
+          if (j >= end) continue;
+          const auto w = weights[int64_t(j_begin + j) * hidden + tile.unit];
 #pragma unroll
-          for (int gate = 0; gate < Cell::kGates; ++gate) sum[r] += widen(w.v[gate]) * g.v[gate];
+          for (int r = 0; r < kRows; ++r) {
+            const Gates g = grad[j * kTileRows + tile.group * kRows + r];
+#pragma unroll
+            for (int gate = 0; gate < Cell::kGates; ++gate) sum[i][r].v[0] += widen(w.v[gate]) * g.v[gate];
+          }
         }
-      }
     }
   }
+  add_sums(sum[0], sum[1]);
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
-    partial[(tile.part * kTileRows + tile.group * kRows + r) * kStepUnits + tile.local_unit] = sum[r];
+    partial[(tile.part * kTileRows + tile.group * kRows + r) * kStepUnits + tile.local_unit] = sum[0][r];
   block_barrier();
   if (!tile.owns(s)) return;
 
-  const int n = tile.row, unit = tile.unit;
-  const int64_t at = state_at(s, direction, n, unit);
-  A *carry_h = static_cast<A*>(p.carry_h) + at, *carry_c = static_cast<A*>(p.carry_c) + at;
-  State<A> grad_now = {0, 0};
-  if (last) {
-    grad_now = load_state<Cell, A, T>(s, p.grad_h_n, p.grad_c_n, direction, n, unit);
-  } else {
-    grad_now.h = *carry_h;
-    if constexpr (Cell::kHasC) grad_now.c = *carry_c;
-  }
+  A from_next = 0;
 #pragma unroll
   for (int i = 0; i < kStepParts; ++i)
-    grad_now.h += partial[(i * kTileRows + tile.local_row) * kStepUnits + tile.local_unit];
-  if (step < 0) {
-    store_state<Cell, T>(s, grad_now, p.grad_h_0, p.grad_c_0, direction, n, unit);
-    return;
-  }
-  const Moment now(s, direction, step, n);
-  Values<A, Cell::kParts> d;
-  if (now.runs)
-    grad_now = step_gradients<Cell, A, T>(p, now, load_step<Cell, A, T>(p, now, direction, n, unit),
-                                          direction, unit, grad_now, d);
-  *carry_h = grad_now.h;
-  if constexpr (Cell::kHasC) *carry_c = grad_now.c;
+    from_next += partial[(i * kTileRows + tile.local_row) * kStepUnits + tile.local_unit].v[0];
+  step_unit_backward<Cell, T>(p, step, direction, tile.row, tile.unit, from_next);
 }
 
 // ---- launchers ----

@@ -163,21 +163,32 @@ __device__ __forceinline__ void multiply_whole_slice(float (&acc)[kTiles][4], co
   for (int i = 0; i < kTiles; ++i) {
     if (i >= tiles) continue;
     const Words4 w = weights(i);
-    float sum[4] = {};  // tensor cores cut off where they add: only a few products are added there
+    // Tensor cores cut off where they add: only a few products are added there, the small ones first.
+    float sum[4] = {};
 #pragma unroll
     for (int k = 0; k < 4; k += 2) {
       const FloatParts b0 = float_parts(not_ahead(w.v[k])), b1 = float_parts(not_ahead(w.v[k + 1]));
-      const auto add = [&](uint32_t FloatParts::* of_a, uint32_t FloatParts::* of_b) {
-        mma<Tf32>(sum, a[0][k].*of_a, a[1][k].*of_a, a[0][k + 1].*of_a, a[1][k + 1].*of_a, b0.*of_b,
-                  b1.*of_b);
-      };
-      add(&FloatParts::low, &FloatParts::high);
-      add(&FloatParts::high, &FloatParts::low);
-      add(&FloatParts::high, &FloatParts::high);
+      mma<Tf32>(sum, a[0][k].low, a[1][k].low, a[0][k + 1].low, a[1][k + 1].low, b0.high, b1.high);
+      mma<Tf32>(sum, a[0][k].high, a[1][k].high, a[0][k + 1].high, a[1][k + 1].high, b0.low, b1.low);
     }
+#pragma unroll
+    for (int k = 0; k < 4; k += 2)
+      mma<Tf32>(sum, a[0][k].high, a[1][k].high, a[0][k + 1].high, a[1][k + 1].high,
+                high_part(not_ahead(w.v[k])), high_part(not_ahead(w.v[k + 1])));
 #pragma unroll
     for (int j = 0; j < 4; ++j) acc[i][j] += sum[j];
   }
+}
+
+// Either, by the element.
+template <typename E, int kTiles, typename Weights>
+__device__ __forceinline__ void multiply_slice_of(float (&acc)[kTiles][4], const unsigned char* rows,
+                                                  int stride, int slice, int g, int q, int tiles,
+                                                  const Weights& weights) {
+  if constexpr (kIsWhole<E>)
+    multiply_whole_slice<kTiles>(acc, rows, stride, slice, g, q, tiles, weights);
+  else
+    multiply_slice<E, kTiles>(acc, rows, stride, slice, g, q, tiles, weights);
 }
 
 // A lane's 16 bytes of a product's operand: `stride` apart in `from`, zeros from the `there`-th on.
@@ -218,10 +229,7 @@ struct WarpWeights {
   __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const unsigned char* rows, int stride,
                                            int g, int q) const {
     const auto add = [&](int slice, const auto& of_slice) {
-      if constexpr (kIsWhole<E>)
-        multiply_whole_slice<kTiles>(acc, rows, stride, slice, g, q, tiles, of_slice);
-      else
-        multiply_slice<E, kTiles>(acc, rows, stride, slice, g, q, tiles, of_slice);
+      multiply_slice_of<E>(acc, rows, stride, slice, g, q, tiles, of_slice);
     };
 #pragma unroll
     for (int slice = 0; slice < kKept; ++slice)

@@ -27,6 +27,15 @@ bool rnn_tensor_backward_at_once(RnnCell, DType, const RnnShape&, const TensorGr
 size_t rnn_tensor_forward_exchange(DType, const RnnShape&);
 size_t rnn_tensor_backward_exchange(const RnnShape&, int blocks);
 
+// A launch a step on tensor cores: shared memory of a block; workspace for weights and for what a step leaves
+// to the next, which is to be zeros. Bytes.
+struct StreamNeeds {
+  size_t shared, packed, exchange;
+};
+StreamNeeds rnn_tensor_step_needs(RnnCell, DType, const RnnShape&, RnnProducts, bool forward);
+void rnn_tensor_step_forward(RnnCell, DType, RnnProducts, const RnnForward&, void* stream);
+void rnn_tensor_step_backward(RnnCell, DType, RnnProducts, const RnnBackward&, void* stream);
+
 void rnn_tensor_forward_layer(RnnCell, DType, const RnnForward&, const TensorGroup&, void* stream);
 void rnn_tensor_backward_layer(RnnCell, DType, const RnnBackward&, const TensorGroup&, void* stream);
 

@@ -13,6 +13,7 @@ import build as emulation_build
 # Shared memory of a block, blocks of the largest cluster, blocks that run at once
 SM_80, SM_90 = (163 * 1024, 0, 108), (227 * 1024, 8, 132)
 CLUSTERS_OF_16 = (227 * 1024, 16, 132)
+NOTHING_AT_ONCE = (227 * 1024, 0, 1)  # blocks have room, groups of them do not
 NO_SHARED_MEMORY = (0, 0, 1)  # to launchers that ask: no schedule with resident weights fits
 # What a barrier that is left out leads to
 VIOLATION = r"emulation: (race|uninitialised|access to a block that has|more arrivals|.*nobody initialised)"
@@ -33,6 +34,8 @@ def load():
     library.emulator_device.argtypes = [ctypes.c_size_t, ctypes.c_uint, ctypes.c_uint]
     library.emulator_drop_barrier.argtypes = [ctypes.c_char_p]
     library.emulator_seen_barriers.restype = ctypes.c_char_p
+    library.emulator_record_launches.argtypes = [ctypes.c_bool]
+    library.emulator_recorded_launches.restype = ctypes.c_char_p
     return library
 
 

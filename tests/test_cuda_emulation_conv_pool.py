@@ -5,7 +5,7 @@ from dataclasses import replace
 import _cuda_cases as cases
 import pytest
 import torch
-from _emulation import SM_80, check_every_barrier_is_needed
+from _emulation import NO_SHARED_MEMORY, SM_80, check_every_barrier_is_needed
 
 
 @pytest.fixture
@@ -24,6 +24,7 @@ def _multi_chunk(ops):
         cases.Conv((2, 9, 24, 24), 3),
         cases.Conv((1, 9, 24, 24), 3, activation="silu"),
         cases.Conv((2, 9, 24, 24), 3, ceil_mode=True, pool=(3, 3)),
+        cases.Conv((1, 9, 20, 21), 4, (5, 5), padding=(2, 2), pool=(3, 3)),
     ]
     tensor = [
         cases.Conv((1, 40, 4, 18), 40),
@@ -47,6 +48,35 @@ def test_every_barrier_is_needed(library, ops):
 @pytest.mark.parametrize("case", cases.CONVS.values(), ids=cases.CONVS)
 def test_conv_pool_exact_on_integers(ops, case, dtype):
     cases.check_conv_exact(ops, "cpu", case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", [name for name in cases.GATHERED_CONVS if name != "groups"])  # 3x3 kernel's
+def test_conv_pool_direct_exact_on_integers(library, ops, name, dtype):
+    """Sums in registers, but for so few outputs that most of them would be idle."""
+    library.emulator_seen_barriers()
+    cases.check_conv_exact(ops, "cpu", cases.GATHERED_CONVS[name], dtype)
+    ran = "conv_pool_direct.cuh" in library.emulator_seen_barriers().decode()
+    assert ran == ((name, dtype) != ("odd_groups", torch.float32))
+
+
+@pytest.mark.parametrize("name", ["five_strided", "stem", "overlapping", "odd_groups", "sequences", "gaps"])
+def test_conv_pool_direct_from_memory(library, ops, name):
+    """Where no tile fits into shared memory."""
+    library.emulator_device(*NO_SHARED_MEMORY)
+    library.emulator_seen_barriers()
+    cases.check_conv_exact(ops, "cpu", cases.GATHERED_CONVS[name], torch.float32)
+    assert "conv_pool_direct.cuh" not in library.emulator_seen_barriers().decode()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["one_by_one", "five_strided", "stem_nhwc", "dilated", "long_kernel"])
+def test_conv_pool_direct_is_as_good_as_torch(ops, name, dtype):
+    case = cases.GATHERED_CONVS[name]
+    x, weight, bias, grad_y = case.draw(cases.normal)
+    y = cases.run_conv(ops, "cpu", case, dtype, x, weight, bias, grad_y)[0]
+    theirs = case.oracle(*(t.to(dtype) for t in (x, weight, bias)))
+    cases.assert_as_good([y], [theirs], [case.oracle(x, weight, bias)])
 
 
 TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the last as TF32

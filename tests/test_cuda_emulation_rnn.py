@@ -4,7 +4,14 @@ import _cuda_rnn_cases as cases
 import pytest
 import torch
 from _cuda_cases import ALL_DTYPES, error
-from _emulation import CLUSTERS_OF_16, NO_SHARED_MEMORY, SM_80, SM_90, check_every_barrier_is_needed
+from _emulation import (
+    CLUSTERS_OF_16,
+    NO_SHARED_MEMORY,
+    NOTHING_AT_ONCE,
+    SM_80,
+    SM_90,
+    check_every_barrier_is_needed,
+)
 
 from cnnrnn_ext.functional._schedule import describe_plan
 
@@ -36,6 +43,30 @@ def test_rnn_a_launch_a_step(library, ops, case, cell, dtype):
     """Where nothing fits a block's shared memory."""
     library.emulator_device(*NO_SHARED_MEMORY)
     cases.check_rnn(ops, "cpu", cell, cases.RNNS[case], dtype)
+
+
+STEPS_ON_TENSOR_CORES = {  # (dtype, tf32, what is told)
+    "float16": (torch.float16, False, ", tensor cores"),
+    "bfloat16": (torch.bfloat16, False, ", tensor cores"),
+    "tf32": (torch.float32, True, ", tensor cores, TF32"),
+    "float32": (torch.float32, False, ", tensor cores, three TF32 products each"),
+}
+
+
+@pytest.mark.parametrize("case", [
+    cases.Rnn(3, 5, 4, 133), cases.Rnn(2, 18, 2, 146, d=2), cases.Rnn(2, 67, 2, 131, bias=False),
+    cases.Rnn(4, 6, 4, 134, d=2, rows="lengths"), cases.Rnn(4, 18, 4, 139, d=2, rows="lengths, reset"),
+    cases.Rnn(4, 5, 4, 160, d=2, rows="packed, reset"), cases.Rnn(1, 2, 3, 137, rows="packed"),
+], ids=lambda case: f"{case.n}x{case.h}, {case.rows}")  # fmt: skip
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("dtype", "tf32", "products"), STEPS_ON_TENSOR_CORES.values(),
+                         ids=STEPS_ON_TENSOR_CORES)  # fmt: skip
+def test_rnn_a_launch_a_step_on_tensor_cores(library, ops, dtype, tf32, products, cell, case):
+    """Where weights fit neither a block nor what runs at once."""
+    library.emulator_device(*NOTHING_AT_ONCE)
+    plan = describe_plan(ops, cell, torch.empty(0, dtype=dtype), case.n, case.h, case.d, True, tf32)
+    assert plan == f"forward: a launch a step{products}; backward: a launch a step{products}"
+    cases.check_rnn(ops, "cpu", cell, case, dtype, tf32=tf32)
 
 
 @pytest.mark.parametrize("device", [SM_90, NO_SHARED_MEMORY], ids=["resident", "a launch a step"])
@@ -143,16 +174,13 @@ PLANS = [
     (CLUSTERS_OF_16, torch.float16, 512, "forward: clusters of 16, tensor cores"),
     (SM_80, torch.bfloat16, 256, "forward: groups of 8 blocks, tensor cores"),
     (CLUSTERS_OF_16, torch.bfloat16, 1024, "forward: groups of 32 blocks, tensor cores"),
-    (CLUSTERS_OF_16, torch.bfloat16, 2048, "forward: a launch a step"),
-    (SM_80, torch.bfloat16, 4096, "forward: a launch a step"),
+    (CLUSTERS_OF_16, torch.bfloat16, 2048, "forward: a launch a step, tensor cores"),
+    (SM_80, torch.bfloat16, 4096, "forward: a launch a step, tensor cores"),
+    (NO_SHARED_MEMORY, torch.bfloat16, 4096, "forward: a launch a step"),
+    (SM_90, torch.float32, 2048, f"forward: a launch a step{WHOLE}"),
     (SM_90, torch.float32, 100, "forward: one block a tile"),
     (SM_90, torch.float32, 256, "forward: clusters of 8"),
-    (
-        CLUSTERS_OF_16,
-        torch.float32,
-        1024,
-        "forward: groups of 128 blocks, tensor cores, three TF32 products each",
-    ),
+    (CLUSTERS_OF_16, torch.float32, 1024, f"forward: groups of 128 blocks{WHOLE}"),
     (SM_90, torch.float64, 150, "forward: clusters of 8"),
     (SM_80, torch.float64, 150, "forward: a launch a step"),
 ]
@@ -167,11 +195,11 @@ def test_plan(library, ops, device, dtype, hidden, plan):
 
 def test_plan_when_the_device_is_full(library, ops):
     """What does not run at once follows: clusters by themselves, groups of the grid in several launches.
-    Small layers then take a block a tile, and float32 a launch a step beyond two launches."""
+    Small layers then take a block a tile; beyond a few launches a launch a step is ahead."""
     library.emulator_device(*SM_80)
     half, single = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
-    for tiles in (13, 14, 60):
-        assert "groups of 8" in describe_plan(ops, "lstm", half, 16 * tiles, 256, 1, False)
+    for tiles, told in ((13, "groups of 8"), (39, "groups of 8"), (40, "a launch a step")):
+        assert told in describe_plan(ops, "lstm", half, 16 * tiles, 256, 1, False)
     for tiles, told in ((26, "groups of 8"), (27, "a launch a step")):
         assert told in describe_plan(ops, "lstm", single, 16 * tiles, 256, 1, False, tf32=True)
     library.emulator_device(*SM_90)
@@ -201,6 +229,7 @@ SCHEDULES = {  # of every kind of kernel: (device, dtype, hidden_size, tf32)
     "TF32, a cluster": (SM_90, torch.float32, 70, True),
     "three TF32 products, the grid": (SM_80, torch.float32, 140, False),
     "a launch a step": (NO_SHARED_MEMORY, torch.float32, 20, False),
+    "a launch a step on tensor cores": (NOTHING_AT_ONCE, torch.bfloat16, 133, False),
 }
 
 
@@ -229,18 +258,34 @@ def test_every_barrier_is_needed(library, ops):
             (SM_90, cases.Rnn(5, 5, 3, 20), torch.bfloat16, False),  # a block,
             (NO_CLUSTERS, cases.Rnn(5, 5, 3, 60), torch.bfloat16, False),  # one of several eights,
             (SM_90, cases.Rnn(5, 5, 3, 70), torch.bfloat16, False),  # a cluster of 4,
-            (SM_80, cases.Rnn(5, 5, 3, 140), torch.bfloat16, False),  # the grid
+            (SM_80, cases.Rnn(5, 5, 3, 140), torch.bfloat16, False),  # the grid,
+            (NOTHING_AT_ONCE, cases.Rnn(2, 5, 3, 140), torch.bfloat16, False),  # a launch a step
         ):
             library.emulator_device(*device)
             operands = cases.convert(case.draw("lstm"), "cpu", dtype)
             cases.rnn_train_and_backward(ops, "lstm", cases.WHOLE, operands, tf32)
 
-    check_every_barrier_is_needed(library, run, at_least=24)
+    check_every_barrier_is_needed(library, run, at_least=25)
 
 
 def test_rnn_large_on_tensor_cores(ops):
     """More weights than registers hold, and in the backward more columns than a warp makes at a time."""
     cases.check_rnn(ops, "cpu", "lstm", cases.Rnn(2, 3, 2, 520), torch.bfloat16)
+
+
+def test_launches_of_a_large_layer(library, ops):
+    """A block has two tiles of 8 units, and each of its eight warps three stages of 64 + 256 words."""
+    library.emulator_device(*CLUSTERS_OF_16)
+    operands = cases.convert(cases.Rnn(2, 16, 2, 2048).draw("lstm"), "cpu", torch.bfloat16)
+    library.emulator_record_launches(True)
+    try:
+        ops.rnn("lstm", *operands, *cases.WHOLE, False)
+    finally:
+        library.emulator_record_launches(False)
+    lines = library.emulator_recorded_launches().decode().splitlines()
+    launches = [tuple(map(int, line.split()[1:])) for line in lines]  # grid, cluster, threads, shared
+    words = 2048 * 8192 * 2 // 16
+    assert launches == [(words // 256, 1, 1, 1, 256, 0), *[(128, 1, 1, 1, 256, 8 * 3 * 320 * 16)] * 3]
 
 
 def test_rnn_lengths_out_of_bounds(ops):

@@ -1,10 +1,13 @@
 """The CUDA operators on a GPU, against plain PyTorch in float64 on the CPU. Skipped where there is no GPU."""
 
+import copy
 from dataclasses import replace
 
 import _cuda_cases as cases
 import pytest
 import torch
+
+import cnnrnn_ext as cx
 
 pytestmark = pytest.mark.cuda
 
@@ -40,6 +43,14 @@ def test_conv_pool_exact_on_integers(ops, case, dtype):
 def test_conv_pool_large(ops, case):
     """Integers whose every sum is exact in float32: equal at any summation order."""
     cases.check_conv_exact(ops, "cuda", case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "case", (cases.GATHERED_CONVS | LARGE_GATHERED).values(), ids=cases.GATHERED_CONVS | LARGE_GATHERED
+)
+def test_conv_pool_direct_exact_on_integers(ops, case, dtype):
+    cases.check_conv_exact(ops, "cuda", case, dtype)
 
 
 TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the last as TF32
@@ -117,6 +128,7 @@ def test_same_input_same_bits(ops):
 
 # (case, dtype, precision): the direct kernels, tensor cores on 3x3, gathered, few channels, several classes.
 CONVOLVED = {
+    "direct, any kernel": (cases.GATHERED_CONVS["stem"], torch.float32, "highest"),
     "direct": (cases.CONVS["odd"], torch.float32, "highest"),
     "tensor": (cases.CONVS["odd"], torch.float16, "highest"),
     "tf32": (cases.CONVS["odd"], torch.float32, "high"),
@@ -153,3 +165,43 @@ def test_current_stream_of_conv_pool(ops, case, dtype, precision):
     stream.synchronize()
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("case", "dtype", "precision"), CONVOLVED.values(), ids=CONVOLVED)
+def test_several_streams_at_once_of_conv_pool(ops, case, dtype, precision):
+    """Calls on different streams share nothing: each gives what it gives alone."""
+    calls = [[None if t is None else t.to("cuda", dtype) for t in case.draw(cases.normal)] for _ in range(4)]
+
+    def run(drawn):
+        return cases.run_conv(ops, "cuda", case, dtype, *drawn, precision, check=False)
+
+    want = [run(drawn) for drawn in calls]
+    torch.cuda.synchronize()
+    streams, got = [torch.cuda.Stream() for _ in calls], []
+    for stream, drawn in zip(streams, calls, strict=True):
+        with torch.cuda.stream(stream):
+            got.append(run(drawn))
+    torch.cuda.synchronize()
+    for ours, theirs in zip(got, want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize(("kernel", "pool"), [(3, "max"), (3, "avg"), (5, "max")])
+def test_cpu_gpu_parity_of_conv_pool(ops, kernel, pool, layout):
+    """A module of float64: the output and every gradient, to rounding."""
+    torch.manual_seed(0)
+    module = cx.ConvPool2d(5, 9, kernel, padding=1, activation="silu", pool=pool, dtype=torch.float64)
+    x = torch.randn(3, 5, 17, 14, dtype=torch.float64).to(memory_format=layout)
+
+    def run(device):
+        here, on = copy.deepcopy(module).to(device), x.to(device).requires_grad_()
+        with cx.trace() as log:
+            output = here(on)
+        output.square().sum().backward()
+        return [t.cpu() for t in (output, on.grad, *(p.grad for p in here.parameters()))], log[0].backend
+
+    (on_cpu, _), (on_gpu, backend) = run("cpu"), run("cuda")
+    assert backend == "compiled"
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)

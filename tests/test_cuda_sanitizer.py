@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cuda
 
 TESTS = Path(__file__).parent
 FILES = ("test_cuda_gpu.py", "test_cuda_gpu_rnn.py")
-CASES = "tiny or odd or few_rows or (test_schedule and block)"
+CASES = "tiny or odd or few_rows or (test_schedule and lstm and whole)"
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])

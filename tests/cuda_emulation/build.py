@@ -20,7 +20,15 @@ KERNELS = sorted(f"cuda/{path.name}" for path in (ROOT / "cuda").glob("*_kernels
 KERNELS += [f"tests/cuda_emulation/{name}.cu" for name in ("fragments", "planted_bugs")]
 EMULATOR = [
     f"tests/cuda_emulation/{name}.cpp"
-    for name in ("async_copies", "collectives", "emulator", "memory_checks", "operators", "tensor_cores")
+    for name in (
+        "async_copies",
+        "collectives",
+        "emulator",
+        "launches",
+        "memory_checks",
+        "operators",
+        "tensor_cores",
+    )
 ]
 
 

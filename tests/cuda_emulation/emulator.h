@@ -99,4 +99,7 @@ void check_alignment(const void* address, size_t alignment);
 void run(Index grid, unsigned cluster_blocks, bool together, unsigned threads, size_t shared_bytes,
          const std::function<void()>& body);
 
+// Puts a launch down if launches are to be recorded, which then are not run: see launches.cpp.
+bool recorded(const void* kernel, Index grid, unsigned cluster_blocks, unsigned threads, size_t shared_bytes);
+
 }  // namespace emulator
