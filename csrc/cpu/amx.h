@@ -12,6 +12,8 @@
 
 namespace {
 
+// Rows begin at cache lines: a load whose rows cross lines takes seven times as long (2.3 and 15.8 ns; a
+// product takes 4.9).
 constexpr int kTileSide = 16;   // rows of a tile; columns of float32
 constexpr int kTileDepth = 32;  // bfloat16 values in a row
 constexpr int kTileValues = kTileSide * kTileDepth;

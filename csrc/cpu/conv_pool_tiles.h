@@ -149,7 +149,7 @@ template <int P, int C>
 void map_panel(const ConvPoolShape& s, const TilePlan<P>& plan, const Half* input, const int64_t* offsets,
                int64_t tiles, const int64_t* at, const Half* b, const float* bias, float* map) {
   constexpr int64_t kTileMap = kTileSide * kPanelOutputs;
-  static constexpr float kZeros[kPanelOutputs] = {};
+  alignas(64) static constexpr float kZeros[kPanelOutputs] = {};
   alignas(64) float sums[2 * kTileMap] = {};
   const int64_t a_bytes = s.stride.w * s.channels * 2, all = plan.runs * plan.steps;
   for (int64_t step = 0; step < all;

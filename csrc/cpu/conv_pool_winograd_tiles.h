@@ -1,7 +1,5 @@
 // Winograd's products on tile registers: U and V as three bfloat16 parts (split.h). V lies as B of the
 // products, two channels in a word; U as A.
-//
-// Rows of tiles begin at cache lines: a load of rows that cross lines takes seven times as long.
 #pragma once
 
 #include "conv_pool_tiles_pack.h"
