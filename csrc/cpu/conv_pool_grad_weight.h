@@ -1,56 +1,9 @@
 // Gradients of conv_pool's weight and bias, by the sparse sum that conv_pool_footprint.h describes.
 #pragma once
 
-#include "conv_pool_footprint.h"
-#include "transpose.h"
+#include "conv_pool_live.h"
 
 namespace {
-
-constexpr int64_t kTileBytes = 32768;     // of one slab of x: stays in L1
-constexpr int64_t kTileMaxWindows = 256;  // of the tiles whose lists exist at once
-constexpr int64_t kListedOutputs = 64;    // output channels whose lists exist at once
-constexpr int64_t kTileColumns = 64;      // long runs of one plane of grad_y and code
-
-// A tile is a rectangle of pooled outputs of one image, small enough that a slab of the x under it stays in
-// L1.
-template <typename T>
-struct WeightPlan {
-  Footprint<T> footprint;
-  int64_t rows, cols;        // pooled outputs of a tile
-  int64_t in_rows, in_cols;  // of x under it
-  int64_t down, across;      // tiles of an image
-  int64_t tile_size;         // numbers of a slab of x under a tile
-  int64_t batch;             // tiles whose lists exist at once
-  int64_t chunk;             // output channels whose lists exist at once
-
-  explicit WeightPlan(const ConvPoolShape& s) : footprint(s, false) {
-    const int64_t limit = kTileBytes / sizeof(T) / footprint.slab;
-    cols = smaller(s.pooled.w, kTileColumns);
-    while (cols > 1 && extent(cols, s.step.w, s.window.w, s.stride.w, s.kernel.w, s.dilation.w) *
-                               extent(1, s.step.h, s.window.h, s.stride.h, s.kernel.h, s.dilation.h) >
-                           limit / 2)
-      --cols;
-    across = ceil_div(s.pooled.w, cols);
-    cols = ceil_div(s.pooled.w, across);
-    in_cols = extent(cols, s.step.w, s.window.w, s.stride.w, s.kernel.w, s.dilation.w);
-    rows = 1;
-    while (rows < s.pooled.h && (rows + 1) * cols <= kTileMaxWindows &&
-           extent(rows + 1, s.step.h, s.window.h, s.stride.h, s.kernel.h, s.dilation.h) * in_cols <= limit)
-      ++rows;
-    down = ceil_div(s.pooled.h, rows);
-    rows = ceil_div(s.pooled.h, down);
-    in_rows = extent(rows, s.step.h, s.window.h, s.stride.h, s.kernel.h, s.dilation.h);
-    // The last row of a footprint may be read up to a whole vector beyond its end.
-    tile_size = round_up(in_rows * in_cols * footprint.slab + kLanesOf<T>, kLanesOf<T>);
-    const int64_t tile_windows = rows * cols;
-    batch = larger(1, smaller(kTileMaxWindows / tile_windows, kTileBytes / (tile_size * sizeof(T))));
-    chunk = smaller(s.group_outputs(), kListedOutputs);
-  }
-
-  int64_t list_capacity() const { return round_up(batch * rows * cols, 16); }
-  // Of one output channel: its footprint in every slab, then its bias.
-  int64_t partial_stride() const { return footprint.slabs * footprint.dense_size() + kLanesOf<T>; }
-};
 
 template <typename T>
 int64_t weight_partial_size(const ConvPoolShape& s) {
@@ -113,43 +66,6 @@ T sum(const T* values, int64_t n) {
   return result;
 }
 
-// Pooled outputs [top, bottom) x [left, right) of image n.
-struct Tile {
-  int64_t n, top, bottom, left, right;
-};
-
-template <typename T>
-Tile tile_of(const ConvPoolShape& s, const WeightPlan<T>& plan, int64_t unit) {
-  const int64_t n = unit / (plan.down * plan.across), place = unit % (plan.down * plan.across);
-  const int64_t top = place / plan.across * plan.rows, left = place % plan.across * plan.cols;
-  return {n, top, smaller(top + plan.rows, s.pooled.h), left, smaller(left + plan.cols, s.pooled.w)};
-}
-
-// Lists the live outputs of channel k in one tile: their grad_y, and where their positions stand in the x
-// under the tile, which begins at `base`. Returns their number; the lists have room for every output of the
-// tile.
-template <typename T>
-int64_t list_live(const ConvPoolShape& s, const WeightPlan<T>& plan, const Tile& tile, int64_t k,
-                  int64_t base, const T* grad_y, const uint8_t* code, const int32_t* delta, T* value,
-                  int32_t* offset) {
-  const int64_t window_stride = s.channels_last ? s.outputs : 1;
-  const int64_t output_stride = s.channels_last ? 1 : s.windows();
-  const int64_t plane = tile.n * s.outputs * s.windows() + k * output_stride;
-  const int64_t down = s.step.h * s.stride.h * plan.in_cols * plan.footprint.slab;
-  const int32_t right = static_cast<int32_t>(s.step.w * s.stride.w * plan.footprint.slab);
-  int64_t live = 0;
-  for (int64_t py = tile.top; py < tile.bottom; ++py) {
-    int64_t at = plane + (py * s.pooled.w + tile.left) * window_stride;
-    int32_t from = static_cast<int32_t>(base + (py - tile.top) * down);
-    for (int64_t px = tile.left; px < tile.right; ++px, at += window_stride, from += right) {
-      value[live] = grad_y[at];
-      offset[live] = from + delta[code[at]];
-      live += code[at] < s.positions();
-    }
-  }
-  return live;
-}
-
 template <typename T>
 void weight_gradient(const ConvPoolShape& s, const T* x, const T* grad_y, const uint8_t* code, T* partial,
                      void* memory, int64_t begin, int64_t end) {
@@ -181,16 +97,14 @@ void weight_gradient(const ConvPoolShape& s, const T* x, const T* grad_y, const 
         const int64_t outputs = smaller(plan.chunk, s.group_outputs() - k0),
                       first = g * s.group_outputs() + k0;
         T* sums = partial + first * plan.partial_stride();
-        for (int64_t k = 0; k < outputs; ++k) {
-          T* value = values + k * capacity;
-          int32_t* offset = offsets + k * capacity;
-          int64_t live = 0;
-          for (int64_t i = 0; i < tiles; ++i)
-            live += list_live(s, plan, tile_of(s, plan, unit + i), first + k, i * plan.tile_size, grad_y,
-                              code, delta, value + live, offset + live);
-          counts[k] = live;
-          sums[k * plan.partial_stride() + footprint.slabs * footprint.dense_size()] += sum(value, live);
-        }
+        const LiveLists<T> lists{values, offsets, counts, capacity};
+        __builtin_memset(counts, 0, outputs * sizeof(int64_t));
+        for (int64_t i = 0; i < tiles; ++i)
+          list_live(s, plan, tile_of(s, plan, unit + i), first, outputs, i * plan.tile_size, grad_y, code,
+                    delta, lists);
+        for (int64_t k = 0; k < outputs; ++k)
+          sums[k * plan.partial_stride() + footprint.slabs * footprint.dense_size()] +=
+              sum(values + k * capacity, counts[k]);
         for (int64_t b = 0; b < footprint.slabs; ++b)
           footprint.for_each_part(s, plan.in_cols, true, kMaxRows, [&](const Part<T>& part) {
             for (int64_t k = 0; k < outputs; ++k)
