@@ -268,6 +268,19 @@ def assert_as_good(got, torchs, want, units=1):
         assert error(ours, oracle) <= 2 * error(theirs, oracle) + units * unit
 
 
+def check_several_streams(run, calls):
+    """Calls on different streams share nothing: ``run`` gives of each what it gives of it alone."""
+    want = [run(operands) for operands in calls]
+    torch.cuda.synchronize()
+    streams, got = [torch.cuda.Stream() for _ in calls], []
+    for stream, operands in zip(streams, calls, strict=True):
+        with torch.cuda.stream(stream):
+            got.append(run(operands))
+    torch.cuda.synchronize()
+    for ours, theirs in zip(got, want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def captured(step):
     """What ``step`` makes on a GPU outside of a graph, and a graph's replay of it."""
     want = step()

@@ -169,21 +169,12 @@ def test_current_stream_of_conv_pool(ops, case, dtype, precision):
 
 @pytest.mark.parametrize(("case", "dtype", "precision"), CONVOLVED.values(), ids=CONVOLVED)
 def test_several_streams_at_once_of_conv_pool(ops, case, dtype, precision):
-    """Calls on different streams share nothing: each gives what it gives alone."""
     calls = [[None if t is None else t.to("cuda", dtype) for t in case.draw(cases.normal)] for _ in range(4)]
 
     def run(drawn):
         return cases.run_conv(ops, "cuda", case, dtype, *drawn, precision, check=False)
 
-    want = [run(drawn) for drawn in calls]
-    torch.cuda.synchronize()
-    streams, got = [torch.cuda.Stream() for _ in calls], []
-    for stream, drawn in zip(streams, calls, strict=True):
-        with torch.cuda.stream(stream):
-            got.append(run(drawn))
-    torch.cuda.synchronize()
-    for ours, theirs in zip(got, want, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    cases.check_several_streams(run, calls)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])

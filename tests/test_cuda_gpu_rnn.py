@@ -5,7 +5,7 @@ import copy
 import _cuda_rnn_cases as cases
 import pytest
 import torch
-from _cuda_cases import ALL_DTYPES, captured
+from _cuda_cases import ALL_DTYPES, captured, check_several_streams
 
 import cnnrnn_ext as cx
 
@@ -132,22 +132,13 @@ def test_graph_capture(ops, dtype, tf32, t, n, h, rows):
 
 @pytest.mark.parametrize(("dtype", "tf32", "t", "n", "h"), SCHEDULES.values(), ids=SCHEDULES)
 def test_several_streams_at_once(ops, dtype, tf32, t, n, h):
-    """Calls on different streams share nothing: each gives what it gives alone."""
     case = cases.Rnn(t, n, 48, h)
     calls = [cases.convert(case.draw("gru"), "cuda", dtype) for _ in range(4)]
 
     def run(operands):
         return cases.rnn_train_and_backward(ops, "gru", cases.WHOLE, operands, tf32)
 
-    want = [run(operands) for operands in calls]
-    torch.cuda.synchronize()
-    streams, got = [torch.cuda.Stream() for _ in calls], []
-    for stream, operands in zip(streams, calls, strict=True):
-        with torch.cuda.stream(stream):
-            got.append(run(operands))
-    torch.cuda.synchronize()
-    for ours, theirs in zip(got, want, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    check_several_streams(run, calls)
 
 
 # ---- modules: the CPU and the GPU agree ----

@@ -2,7 +2,7 @@
 // summed in float32.
 //
 // Instructions are named to the assembler, so that no compiler flag is needed. The process must have been
-// granted the registers (capability.cpp), and a thread must be between tiles_begin and tiles_end.
+// granted the registers (capability.cpp), and a thread must hold a TileSession.
 #pragma once
 
 #include <cstdint>
@@ -95,5 +95,11 @@ CNNRNN_INLINE void tile_multiply() {
 }
 
 #endif
+
+// The registers, held from construction to destruction.
+struct TileSession {
+  TileSession() { tiles_begin(); }
+  ~TileSession() { tiles_end(); }
+};
 
 }  // namespace

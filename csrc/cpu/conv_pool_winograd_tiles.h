@@ -11,10 +11,7 @@ constexpr int kParts = 3;
 
 struct OnTiles {
   using Value = Half;
-  struct Registers {
-    Registers() { tiles_begin(); }
-    ~Registers() { tiles_end(); }
-  };
+  using Registers = TileSession;
   static constexpr int64_t kPanelOutputs = kTilePanel * kTileSide;
   static constexpr int64_t kBlockOutputs = 4 * kPanelOutputs;
   static int64_t first_output(int64_t outputs, int64_t, int64_t p) {

@@ -14,12 +14,6 @@ constexpr int kPartedRows = kPartedTiles * kTileSide;
 template <int V>
 using PartedSums = BandSums<float, V, kPartedRows>;
 
-// Tiles of the register file are configured between construction and destruction.
-struct TileSession {
-  TileSession() { tiles_begin(); }
-  ~TileSession() { tiles_end(); }
-};
-
 // pack_gates: columns of B are rows of w.
 template <int P, typename Cell, typename W>
 void part_gates(const W* w, int64_t hidden, int64_t depth, int64_t first, int64_t last, float* out) {
