@@ -228,7 +228,7 @@ void run_tiles(const ConvPoolShape& s, const T* x, const float* packed, const fl
       if (health[l] != 0) __atomic_store_n(not_finite + strip.image, 1, __ATOMIC_RELAXED);
   };
 
-  tiles_begin();
+  const TileSession session;
   for (int64_t group = begin; group < end; group += plan.group) {
     const int64_t count = smaller(plan.group, end - group);
     for (int64_t i = 0; i < count; ++i) {
@@ -247,7 +247,6 @@ void run_tiles(const ConvPoolShape& s, const T* x, const float* packed, const fl
         compute(strip_of(s, plan, group + i), inputs + i * P * plan.part, panel);
     }
   }
-  tiles_end();
   stores_past_done();
 }
 
