@@ -93,7 +93,12 @@ void run_panels(const PanelForward<T>& kernel, const ConvPoolShape& s, const Ten
   const int64_t units = kernel.units(s), panels = kernel.output_panels(s);
   constexpr double kReadsWeights = 0.5;
   const bool by_outputs = shares_outputs(units, panels, kReadsWeights);
-  if (by_outputs && apart) {
+  if (kernel.streams && kernel.streams(s)) {
+    in_slices(x, panels, kernel.scratch_bytes(s), [&](int64_t, int64_t begin, int64_t end, char* scratch) {
+      kernel.stream(s, data<T>(x), data<T>(weight), mirrored, bias, out.y_data<T>(), out.code_data(),
+                    out.kept_data<T>(), not_finite.data(), scratch, begin, end);
+    });
+  } else if (by_outputs && apart) {
     run_panels_apart(kernel, s, x, weight, mirrored, bias, out, not_finite.data());
   } else {
     const Tensor packed = packed_panels<T>(kernel, s, weight, mirrored);

@@ -20,13 +20,22 @@ template <int P>
 int64_t tiles_units(const ConvPoolShape& s) {
   return s.batch * TilePlan<P>(s).strips;
 }
+// Whether weights are packed in passing: all strips are one group, and their maps fit beside them.
+template <int P>
+bool streams_tiles(const ConvPoolShape& s) {
+  const TilePlan<P> plan(s);
+  const int64_t units = s.batch * plan.strips;
+  return plan.by_channels && units <= plan.group && units * plan.map_size() * 4 <= kStripMapBytes;
+}
 template <int P>
 int64_t tiles_scratch_bytes(const ConvPoolShape& s) {
   const TilePlan<P> plan(s);
+  const int64_t maps = streams_tiles<P>(s) ? tiles_units<P>(s) : 1;
   return carved_bytes(plan.group * P * plan.part, sizeof(Half)) +
-         (s.keyed ? 2 : 1) * carved_bytes(plan.map_size(), 4) + 2 * carved_bytes(plan.out_size(s), 4) +
-         carved_bytes(kPanelOutputs, 4) + carved_bytes(plan.tiles() + 1, sizeof(int64_t)) +
-         carved_bytes(plan.runs * plan.steps, sizeof(int64_t));
+         (maps + (s.keyed ? 1 : 0)) * carved_bytes(plan.map_size(), 4) +
+         2 * carved_bytes(plan.out_size(s), 4) + carved_bytes(kPanelOutputs, 4) +
+         carved_bytes(plan.tiles() + 1, sizeof(int64_t)) + carved_bytes(plan.all_steps(), sizeof(int64_t)) +
+         carved_bytes(plan.chunk * plan.step_size(), sizeof(Half));
 }
 
 // One row of an image into its place in the strip, the parts of its values; stores reach up to 32 halves
@@ -135,37 +144,39 @@ void multiply_steps(const Half* first, const Half* second, int64_t a_bytes, int6
 // Where each step of a product stands relative to the first, in the strip's input.
 template <int P>
 void fill_steps(const ConvPoolShape& s, const TilePlan<P>& plan, int64_t* at) {
+  const int64_t down = s.dilation.h * plan.row, right = s.dilation.w * s.channels;
+  if (plan.by_channels) {
+    for (int64_t c = 0; c < s.channels; c += kTileDepth)
+      for (int64_t ky = 0; ky < s.kernel.h; ++ky)
+        for (int64_t kx = 0; kx < s.kernel.w; ++kx) *at++ = ky * down + kx * right + c;
+    return;
+  }
   const int64_t of_row = plan.runs / s.kernel.h;
   for (int64_t run = 0; run < plan.runs; ++run)
     for (int64_t step = 0; step < plan.steps; ++step)
-      *at++ = run / of_row * s.dilation.h * plan.row + run % of_row * s.dilation.w * s.channels +
-              step * kTileDepth;
+      *at++ = run / of_row * down + run % of_row * right + step * kTileDepth;
 }
 
-// The map of a strip for C tiles of outputs, its pixels in tiles that begin at `offsets` of the input. Some
-// steps at a time pass over all pixels. Of parts each such sum begins at nought and is added afterwards: one
-// long sum would lose digits.
+// Some steps of the map of a strip, for C tiles of outputs, its pixels in tiles that begin at `offsets` of
+// the input. Of parts each such sum begins at nought and is added afterwards: one long sum would lose digits.
 template <int P, int C>
-void map_panel(const ConvPoolShape& s, const TilePlan<P>& plan, const Half* input, const int64_t* offsets,
-               int64_t tiles, const int64_t* at, const Half* b, const float* bias, float* map) {
+void map_steps(const ConvPoolShape& s, const TilePlan<P>& plan, const Half* input, const int64_t* offsets,
+               int64_t tiles, const int64_t* at, const Half* b, int64_t steps, bool first, const float* bias,
+               float* map) {
   constexpr int64_t kTileMap = kTileSide * kPanelOutputs;
   alignas(64) static constexpr float kZeros[kPanelOutputs] = {};
-  alignas(64) float sums[2 * kTileMap] = {};
-  const int64_t a_bytes = s.stride.w * s.channels * 2, all = plan.runs * plan.steps;
-  for (int64_t step = 0; step < all;
-       step += kMostSteps, at += kMostSteps, b += kMostSteps * plan.step_size()) {
-    const int64_t steps = smaller(kMostSteps, all - step);
-    const bool apart = P > 1 && step > 0;
-    const float* row = step == 0 ? bias : apart ? kZeros : nullptr;
-    for (int64_t t = 0; t < tiles; t += 2) {
-      const int64_t now = smaller(tiles - t, 2);
-      float* const to = map + t * kTileMap;
-      (now == 2 ? multiply_steps<P, 2, C>
-                : multiply_steps<P, 1, C>)(input + offsets[t], now == 2 ? input + offsets[t + 1] : nullptr,
-                                           a_bytes, plan.part, at, b, steps, row, apart ? sums : to);
-      for (int64_t i = 0; apart && i < now * kTileMap; i += kLanes)
-        storeu(to + i, loadu(to + i) + loadu(sums + i));
-    }
+  alignas(64) float sums[2 * kTileMap];
+  const int64_t a_bytes = s.stride.w * s.channels * 2;
+  const bool apart = P > 1 && !first;
+  const float* row = first ? bias : apart ? kZeros : nullptr;
+  for (int64_t t = 0; t < tiles; t += 2) {
+    const int64_t now = smaller(tiles - t, 2);
+    float* const to = map + t * kTileMap;
+    (now == 2 ? multiply_steps<P, 2, C>
+              : multiply_steps<P, 1, C>)(input + offsets[t], now == 2 ? input + offsets[t + 1] : nullptr,
+                                         a_bytes, plan.part, at, b, steps, row, apart ? sums : to);
+    for (int64_t i = 0; apart && i < now * kTileMap; i += kPanelOutputs)
+      for (int64_t j = i; j < i + C * kLanes; j += kLanes) storeu(to + j, loadu(to + j) + loadu(sums + j));
   }
 }
 
@@ -181,22 +192,48 @@ inline int64_t conv_rows_of(const ConvPoolShape& s, const Strip& strip) {
   return smaller((strip.row + strip.rows - 1) * s.step.h - s.margin.h + s.window.h, s.conv.h) - strip.first;
 }
 
-// Outputs of panels [out_begin, out_end) of strips [begin, end). not_finite [N]: set to 1 for images whose
-// outputs are to be computed again.
+// The weights of a chunk of steps, as they were packed before.
 template <int P, typename T>
-void run_tiles(const ConvPoolShape& s, const T* x, const float* packed, const float* bias, T* y,
-               uint8_t* code, T* kept, uint8_t* not_finite, void* memory, int64_t begin, int64_t end,
-               int64_t out_begin, int64_t out_end) {
+struct PackedTiles {
+  static constexpr bool kInPassing = false;
+  const float* packed;
+  const Half* operator()(const TilePlan<P>& plan, int64_t panel, int64_t step, int64_t, Half*) const {
+    return reinterpret_cast<const Half*>(packed) + panel * plan.panel_size() + step * plan.step_size();
+  }
+};
+// The same packed right before they pass over all pixels, where they stay in the first-level cache.
+template <int P, typename T>
+struct TilesInPassing {
+  static constexpr bool kInPassing = true;
+  const ConvPoolShape& s;
+  const T* weight;
+  bool mirrored;
+  const Half* operator()(const TilePlan<P>& plan, int64_t panel, int64_t step, int64_t steps,
+                         Half* buffer) const {
+    const int64_t taps = s.kernel.h * s.kernel.w;
+    for (int64_t c = step / taps; c < (step + steps) / taps; ++c)
+      pack_channels<P>(s, plan, weight, mirrored, panel, c * kTileDepth, buffer - step * plan.step_size());
+    return buffer;
+  }
+};
+
+// Outputs of panels [out_begin, out_end) of strips [begin, end), which is one group if weights are packed in
+// passing. not_finite [N]: set to 1 for images whose outputs are to be computed again.
+template <int P, typename T, typename Weights>
+void compute_tiles(const ConvPoolShape& s, const T* x, const Weights& weights, const float* bias, T* y,
+                   uint8_t* code, T* kept, uint8_t* not_finite, void* memory, int64_t begin, int64_t end,
+                   int64_t out_begin, int64_t out_end) {
   const TilePlan<P> plan(s);
   char* scratch = static_cast<char*>(memory);
   Half* inputs = carve<Half>(scratch, plan.group * P * plan.part);
-  float* map = carve<float>(scratch, plan.map_size());
+  float* maps = carve<float>(scratch, (Weights::kInPassing ? end - begin : 1) * plan.map_size());
   float* keys = s.keyed ? carve<float>(scratch, plan.map_size()) : nullptr;
   float* ys = carve<float>(scratch, plan.out_size(s));
   float* codes = carve<float>(scratch, plan.out_size(s));
   float* shift = carve<float>(scratch, kPanelOutputs);
   int64_t* offsets = carve<int64_t>(scratch, plan.tiles() + 1);
-  int64_t* at = carve<int64_t>(scratch, plan.runs * plan.steps);
+  int64_t* at = carve<int64_t>(scratch, plan.all_steps());
+  Half* buffer = carve<Half>(scratch, plan.chunk * plan.step_size());
   fill_steps(s, plan, at);
   const int64_t of_row = plan.pitch / kTileSide, pixel = s.stride.w * s.channels;
   for (int64_t t = 0; t < plan.tiles(); ++t)
@@ -205,13 +242,8 @@ void run_tiles(const ConvPoolShape& s, const T* x, const float* packed, const fl
   const bool whole =
       s.positions() == 1 && s.step.h == 1 && s.step.w == 1 && !code && s.activation == cnnrnn::kNoActivation;
 
-  const auto compute = [&](const Strip& strip, const Half* input, int64_t panel) {
+  const auto finish = [&](const Strip& strip, const float* map, int64_t panel) {
     const int64_t k0 = panel * kPanelOutputs, channels = smaller(kPanelOutputs, s.outputs - k0);
-    const int64_t pixels = conv_rows_of(s, strip) * plan.pitch;
-    (channels > kTileSide
-         ? map_panel<P, 2>
-         : map_panel<P, 1>)(s, plan, input, offsets, ceil_div(pixels, kTileSide), at,
-                            reinterpret_cast<const Half*>(packed) + panel * plan.panel_size(), shift, map);
     vf health{};
     if (whole) {
       write_map(s, strip, map, kPanelOutputs, k0, channels, y, [&](vf v) {
@@ -219,7 +251,7 @@ void run_tiles(const ConvPoolShape& s, const T* x, const float* packed, const fl
         return s.relu ? (v <= 0 ? vf{} : v) : v;
       });
     } else {
-      pool_strip<float, kTilePanel>(s, strip, map, keys, pixels, ys, codes);
+      pool_strip<float, kTilePanel>(s, strip, map, keys, conv_rows_of(s, strip) * plan.pitch, ys, codes);
       for (int64_t i = 0; i < strip.rows * s.pooled.w; ++i)
         for (int64_t k = 0; k < channels; k += kLanes) health += 0.0f * loadu(ys + i * kPanelOutputs + k);
       write_strip(s, strip, ys, codes, kPanelOutputs, k0, channels, y, code, kept);
@@ -228,9 +260,26 @@ void run_tiles(const ConvPoolShape& s, const T* x, const float* packed, const fl
       if (health[l] != 0) __atomic_store_n(not_finite + strip.image, 1, __ATOMIC_RELAXED);
   };
 
+  // `count` strips side by side in inputs, the first of them number `unit`.
+  const auto compute = [&](int64_t unit, int64_t count, const Half* input, int64_t panel) {
+    const bool two = s.outputs - panel * kPanelOutputs > kTileSide;
+    for (int64_t step = 0; step < plan.all_steps(); step += plan.chunk) {
+      const int64_t steps = smaller(plan.chunk, plan.all_steps() - step);
+      const Half* b = weights(plan, panel, step, steps, buffer);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t pixels = conv_rows_of(s, strip_of(s, plan, unit + i)) * plan.pitch;
+        (two ? map_steps<P, 2> : map_steps<P, 1>)(s, plan, input + i * P * plan.part, offsets,
+                                                  ceil_div(pixels, kTileSide), at + step, b, steps, step == 0,
+                                                  shift, maps + i * plan.map_size());
+      }
+    }
+    for (int64_t i = 0; i < count; ++i)
+      finish(strip_of(s, plan, unit + i), maps + i * plan.map_size(), panel);
+  };
+
   const TileSession session;
   for (int64_t group = begin; group < end; group += plan.group) {
-    const int64_t count = smaller(plan.group, end - group);
+    const int64_t count = smaller(plan.group, end - group), together = Weights::kInPassing ? count : 1;
     for (int64_t i = 0; i < count; ++i) {
       const Strip strip = strip_of(s, plan, group + i);
       fill_strip<P>(s, plan, x + strip.image * s.channels * s.input.h * s.input.w,
@@ -243,17 +292,32 @@ void run_tiles(const ConvPoolShape& s, const T* x, const float* packed, const fl
         const int64_t at_k = panel * kPanelOutputs + k;
         shift[k] = bias && at_k < s.outputs ? bias[at_k] : 0.0f;
       }
-      for (int64_t i = 0; i < count; ++i)
-        compute(strip_of(s, plan, group + i), inputs + i * P * plan.part, panel);
+      for (int64_t i = 0; i < count; i += together)
+        compute(group + i, together, inputs + i * P * plan.part, panel);
     }
   }
   stores_past_done();
 }
 
 template <int P, typename T>
+void run_tiles(const ConvPoolShape& s, const T* x, const float* packed, const float* bias, T* y,
+               uint8_t* code, T* kept, uint8_t* not_finite, void* memory, int64_t begin, int64_t end,
+               int64_t out_begin, int64_t out_end) {
+  compute_tiles<P, T>(s, x, PackedTiles<P, T>{packed}, bias, y, code, kept, not_finite, memory, begin, end,
+                      out_begin, out_end);
+}
+template <int P, typename T>
+void stream_tiles(const ConvPoolShape& s, const T* x, const T* weight, bool mirrored, const float* bias, T* y,
+                  uint8_t* code, T* kept, uint8_t* not_finite, void* memory, int64_t out_begin,
+                  int64_t out_end) {
+  compute_tiles<P, T>(s, x, TilesInPassing<P, T>{s, weight, mirrored}, bias, y, code, kept, not_finite,
+                      memory, 0, tiles_units<P>(s), out_begin, out_end);
+}
+
+template <int P, typename T>
 constexpr cnnrnn::PanelForward<T> tiles_forward() {
-  return {tiles_output_panels, tiles_packed_size<P>,   tiles_pack<P, T>,
-          tiles_units<P>,      tiles_scratch_bytes<P>, run_tiles<P, T>};
+  return {tiles_output_panels,    tiles_packed_size<P>, tiles_pack<P, T>, tiles_units<P>,
+          tiles_scratch_bytes<P>, run_tiles<P, T>,      streams_tiles<P>, stream_tiles<P, T>};
 }
 
 }  // namespace

@@ -24,6 +24,8 @@ struct TilePlan {
   int64_t in_rows, in_cols;    // of its input
   int64_t row, part;           // halves from one row of its input, or part, to the next
   int64_t group;               // strips that share a pass over the weights
+  bool by_channels;            // steps go over 32 channels at all taps, then the next; else over runs
+  int64_t chunk;               // steps that pass over the pixels together
 
   explicit TilePlan(const ConvPoolShape& s) {
     const bool whole_rows = s.dilation.w == 1;
@@ -52,13 +54,17 @@ struct TilePlan {
     // What tiles read beyond the last pixel, and what the last store of a row reaches.
     part = round_up(in_rows * row + 2 * kTileSide * s.channels * s.stride.w + depth + 2 * kTileDepth, 32);
     group = larger(1, smaller(kStripInputBytes / (P * part * 2), 4));
+    const int64_t taps = s.kernel.h * s.kernel.w;
+    by_channels = s.channels % kTileDepth == 0 && taps <= kMostSteps;
+    chunk = by_channels ? kMostSteps / taps * taps : kMostSteps;
   }
 
   int64_t tiles() const { return ceil_div(conv_rows * pitch, kTileSide); }
   int64_t map_size() const { return (tiles() + 1) * kTileSide * kPanelOutputs; }
   int64_t out_size(const ConvPoolShape& s) const { return rows * s.pooled.w * kPanelOutputs + kPanelOutputs; }
   static constexpr int64_t step_size() { return P * kTilePanel * kTileValues; }  // halves of B
-  int64_t panel_size() const { return runs * steps * step_size(); }
+  int64_t all_steps() const { return runs * steps; }
+  int64_t panel_size() const { return all_steps() * step_size(); }
 };
 
 template <int P>
@@ -79,6 +85,22 @@ CNNRNN_INLINE vf widened(const Half* p, int64_t n) {
   return reinterpret_cast<vf>(__builtin_convertvector(halves, vu) << 16);
 }
 
+// Columns of 16 rows that lie `stride` apart. A function of its own, as its rows take all registers. Those of
+// weights are too far apart for the processor to foresee what comes `ahead`.
+template <typename T>
+__attribute__((noinline)) void turn_block(const T* from, int64_t stride, int64_t ahead,
+                                          float (*to)[kTileSide]) {
+  vf block[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i, from += stride) {
+    block[i] = widened(from, kLanes);
+    __builtin_prefetch(from + ahead);
+  }
+  transpose<float>(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) storeu(to[i], block[i]);
+}
+
 // Weights of 16 outputs and up to 32 channels, one vector of outputs for each channel and tap: that of
 // channel c and tap t, as they lie in weight, to staged[c * taps + t]. from: the first weight; outputs and
 // channels lie of_output and of_channel apart.
@@ -95,12 +117,14 @@ CNNRNN_INLINE void stage_weights(const T* from, int64_t of_output, int64_t of_ch
         storeu(staged[f], widened(from, outputs));
         continue;
       }
+      if (n == kLanes && outputs == kLanes) {
+        turn_block(from + f, of_output, run, staged + f);
+        continue;
+      }
       vf block[kLanes];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes; ++i)
         block[i] = i < outputs ? widened(from + i * of_output + f, n) : vf{};
-      // Rows of weights are too far apart for the processor to foresee them.
-      for (int64_t i = 0; i < kLanes; ++i) __builtin_prefetch(from + i * of_output + f + run);
       transpose<float>(block);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes; ++i)
@@ -108,56 +132,80 @@ CNNRNN_INLINE void stage_weights(const T* from, int64_t of_output, int64_t of_ch
     }
 }
 
-// weight [K, C, KH, KW] -> for panels [begin, end) of outputs: [run][step][P][2][16 pairs][16 outputs][2].
+// Pairs of channels, `taps` vectors of 16 outputs apart, to pairs side by side. A function of its own: its
+// constants stay in registers.
+template <int P>
+__attribute__((noinline)) void pair_channels(const float (*staged)[kTileSide], int64_t taps, int64_t channels,
+                                             Half* to) {
+  for (int64_t c = 0; c < channels; c += 2, staged += 2 * taps, to += kTileDepth) {
+    const Parts<P> even = parts_of<P>(loadu(staged[0])), odd = parts_of<P>(loadu(staged[taps]));
+#pragma GCC unroll 3
+    for (int p = 0; p < P; ++p) store_words(to + p * kTilePanel * kTileValues, even.of[p] >> 16 | odd.of[p]);
+  }
+}
+
+// Channels [c0, c0 + 32) of one panel; to_panel: where its first step stands, or would.
+template <int P, typename T>
+void pack_channels(const ConvPoolShape& s, const TilePlan<P>& plan, const T* weight, bool mirrored,
+                   int64_t panel, int64_t c0, Half* to_panel) {
+  const int64_t taps = s.kernel.h * s.kernel.w, of_run = taps / plan.runs;
+  const int64_t of_output = taps * (mirrored ? 1 : s.channels),
+                of_channel = taps * (mirrored ? s.outputs : 1);
+  const int64_t channels = smaller(kTileDepth, s.channels - c0);
+  alignas(64) float staged[kTileDepth * kMostTaps][kTileSide];
+  for (int64_t k = panel * kPanelOutputs; k < smaller((panel + 1) * kPanelOutputs, s.outputs);
+       k += kTileSide) {
+    const int64_t outputs = smaller(kTileSide, s.outputs - k);
+    stage_weights(weight + k * of_output + c0 * of_channel, of_output, of_channel, outputs, channels, taps,
+                  staged);
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t tap = mirrored ? taps - 1 - t : t;
+      const int64_t run = plan.by_channels ? c0 / kTileDepth * taps + tap : tap / of_run * plan.steps;
+      const int64_t first = tap % of_run * s.channels + c0;  // the depth of channel c0 in its run
+      Half* const to_run = to_panel + run * plan.step_size() + k % kPanelOutputs / kTileSide * kTileValues;
+      if (plan.by_channels) {
+        pair_channels<P>(staged + t, taps, channels, to_run);
+        continue;
+      }
+      const auto place = [&](uint64_t d) {  // of depth d, for output 0
+        return to_run + d / kTileDepth * plan.step_size() + d % kTileDepth / 2 * kTileDepth + d % 2;
+      };
+      for (int64_t c = 0; c < channels; c += 2) {
+        const bool two = c + 1 < channels;
+        const Parts<P> even = parts_of<P>(loadu(staged[c * taps + t]));
+        const Parts<P> odd = two ? parts_of<P>(loadu(staged[(c + 1) * taps + t])) : Parts<P>{};
+        Half* const to[2] = {place(first + c), place(first + c + 1)};
+#pragma GCC unroll 3
+        for (int p = 0; p < P; ++p) {
+          const vu words = even.of[p] >> 16 | odd.of[p];
+          const int64_t at = p * kTilePanel * kTileValues;
+          if (s.channels % 2 == 0) {
+            store_words(to[0] + at, words);
+            continue;
+          }
+          // Pairs of a run are not pairs of channels: each half goes by itself.
+          for (int64_t i = 0; i < outputs; ++i) {
+            to[0][at + 2 * i] = static_cast<Half>(words[i]);
+            if (two) to[1][at + 2 * i] = static_cast<Half>(words[i] >> 16);
+          }
+        }
+      }
+    }
+  }
+}
+
+// weight [K, C, KH, KW] -> for panels [begin, end) of outputs: [step][P][2][16 pairs][16 outputs][2].
 // mirrored: weight is [C, K, KH, KW] and each kernel turned by half a turn.
 template <int P, typename T>
 void tiles_pack(const ConvPoolShape& s, const T* weight, bool mirrored, float* packed, int64_t begin,
                 int64_t end) {
   const TilePlan<P> plan(s);
-  const int64_t taps = s.kernel.h * s.kernel.w, of_run = taps / plan.runs;
-  const int64_t of_output = taps * (mirrored ? 1 : s.channels),
-                of_channel = taps * (mirrored ? s.outputs : 1);
-  alignas(64) float staged[kTileDepth * kMostTaps][kTileSide];
   for (int64_t panel = begin; panel < end; ++panel) {
     Half* const to_panel = reinterpret_cast<Half*>(packed) + panel * plan.panel_size();
     if ((panel + 1) * kPanelOutputs > s.outputs || plan.depth % kTileDepth)
       __builtin_memset(to_panel, 0, plan.panel_size() * sizeof(Half));
-    const auto place = [&](int64_t tap, int64_t c) {  // of a channel's pair, for output 0
-      const int64_t d = tap % of_run * s.channels + c;
-      return to_panel + (tap / of_run * plan.steps + d / kTileDepth) * plan.step_size() +
-             d % kTileDepth / 2 * kTileDepth + d % 2;
-    };
-    for (int64_t k = panel * kPanelOutputs; k < smaller((panel + 1) * kPanelOutputs, s.outputs);
-         k += kTileSide) {
-      const int64_t outputs = smaller(kTileSide, s.outputs - k),
-                    tile = k % kPanelOutputs / kTileSide * kTileValues;
-      for (int64_t c0 = 0; c0 < s.channels; c0 += kTileDepth) {
-        const int64_t channels = smaller(kTileDepth, s.channels - c0);
-        stage_weights(weight + k * of_output + c0 * of_channel, of_output, of_channel, outputs, channels,
-                      taps, staged);
-        for (int64_t c = 0; c < channels; c += 2)
-          for (int64_t t = 0; t < taps; ++t) {
-            const bool two = c + 1 < channels;
-            const int64_t tap = mirrored ? taps - 1 - t : t;
-            const Parts<P> even = parts_of<P>(loadu(staged[c * taps + t]));
-            const Parts<P> odd = two ? parts_of<P>(loadu(staged[(c + 1) * taps + t])) : Parts<P>{};
-            for (int p = 0; p < P; ++p) {
-              const vu words = even.of[p] >> 16 | odd.of[p];
-              const int64_t at = tile + p * kTilePanel * kTileValues;
-              if (s.channels % 2 == 0) {
-                store_words(place(tap, c0 + c) + at, words);
-                continue;
-              }
-              // Pairs of a run are not pairs of channels: each half goes by itself.
-              Half* const to[2] = {place(tap, c0 + c) + at, two ? place(tap, c0 + c + 1) + at : nullptr};
-              for (int64_t i = 0; i < outputs; ++i) {
-                to[0][2 * i] = static_cast<Half>(words[i]);
-                if (two) to[1][2 * i] = static_cast<Half>(words[i] >> 16);
-              }
-            }
-          }
-      }
-    }
+    for (int64_t c0 = 0; c0 < s.channels; c0 += kTileDepth)
+      pack_channels<P>(s, plan, weight, mirrored, panel, c0, to_panel);
   }
 }
 
