@@ -51,7 +51,7 @@ void run_forward(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, 
   if constexpr (std::is_same_v<T, float>) {
     if (const auto* kernel = panel_kernel(s, high))
       return run_panels<float>(
-          *kernel, s, x, weight, false, on_tiles(kernel), data<float>(get(bias)), out,
+          *kernel, s, x, weight, false, data<float>(get(bias)), out,
           [&](int64_t from, int64_t to) { run_direct<float>(s, x, weight, bias, out, from, to); });
   }
   run_direct<T>(s, x, weight, bias, out, 0, s.batch);
@@ -130,8 +130,8 @@ Results forward_half(const Call& call, const Tensor& x, const Tensor& weight, co
   const OptionalTensor shift = widened(bias);
   const auto& kernel = tiles()->bf16;
   std::optional<Results> again;
-  run_panels<uint16_t>(kernel, s, x, weight, false, true, data<float>(get(shift)),
-                       {&r.y, get(r.code), get(r.kept)}, [&](int64_t from, int64_t to) {
+  run_panels<uint16_t>(kernel, s, x, weight, false, data<float>(get(shift)), {&r.y, get(r.code), get(r.kept)},
+                       [&](int64_t from, int64_t to) {
                          if (!again) again = by_float();
                          copy_images(again->y, r.y, from, to);
                          if (r.code) copy_images(*again->code, *r.code, from, to);
@@ -252,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
     grad_x = empty_image(grad, s, s.channels, s.input, grad.scalar_type());
     if (dense_input) {
       const auto* kernel = panel_kernel(input_gradient_shape(s), false);
-      run_dense_input(*kernel, on_tiles(kernel), s, map, weight, grad_x, run_direct<float>);
+      run_dense_input(*kernel, s, map, weight, grad_x, run_direct<float>);
     } else
       (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad, weight, code, grad_x);
   }

@@ -82,13 +82,12 @@ void run_panels_apart(const PanelForward<T>& kernel, const ConvPoolShape& s, con
             });
 }
 
-// bias in float32, or null; mirrored as in PanelForward; apart: its panels are of one size, and going over
-// the input again costs little. Images whose outputs are not all finite are computed again, by direct(from,
-// to): these kernels may turn one inf into NaN around it. Whether that happens depends on nothing but the
-// image.
+// bias in float32, or null; mirrored as in PanelForward. Images whose outputs are not all finite are computed
+// again, by direct(from, to): these kernels may turn one inf into NaN around it. Whether that happens depends
+// on nothing but the image.
 template <typename T, typename Direct>
 void run_panels(const PanelForward<T>& kernel, const ConvPoolShape& s, const Tensor& x, const Tensor& weight,
-                bool mirrored, bool apart, const float* bias, const Outputs& out, const Direct& direct) {
+                bool mirrored, const float* bias, const Outputs& out, const Direct& direct) {
   std::vector<uint8_t> not_finite(s.batch);
   const int64_t units = kernel.units(s), panels = kernel.output_panels(s);
   constexpr double kReadsWeights = 0.5;
@@ -98,7 +97,7 @@ void run_panels(const PanelForward<T>& kernel, const ConvPoolShape& s, const Ten
       kernel.stream(s, data<T>(x), data<T>(weight), mirrored, bias, out.y_data<T>(), out.code_data(),
                     out.kept_data<T>(), not_finite.data(), scratch, begin, end);
     });
-  } else if (by_outputs && apart) {
+  } else if (by_outputs && kernel.streams) {
     run_panels_apart(kernel, s, x, weight, mirrored, bias, out, not_finite.data());
   } else {
     const Tensor packed = packed_panels<T>(kernel, s, weight, mirrored);

@@ -12,8 +12,6 @@ inline const ConvPoolTiles* tiles() { return active_isa() == Isa::kAmx ? &conv_p
 inline const ConvPoolTiles* tiles() { return nullptr; }
 #endif
 
-inline bool on_tiles(const PanelForward<float>* kernel) { return tiles() && kernel == &tiles()->f32; }
-
 // Whether the kernels cover a call: a strip is at least one row of the map, and stays in cache.
 inline bool tiles_serve(const ConvPoolShape& s) {
   constexpr int64_t kMostBytes = 4 << 20, kMostTaps = 64;

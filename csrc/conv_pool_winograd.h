@@ -90,14 +90,14 @@ inline Tensor mirrored_weight(const Tensor& weight, const ConvPoolShape& s) {
   return mirrored;
 }
 
-// The gradient of x from that of the map, by this kernel of its shape (apart: see run_panels); direct:
+// The gradient of x from that of the map, by this kernel of its shape; direct:
 // run_direct.
 template <typename Direct>
-void run_dense_input(const PanelForward<float>& kernel, bool apart, const ConvPoolShape& s,
-                     const Tensor& grad, const Tensor& weight, Tensor& grad_x, const Direct& direct) {
+void run_dense_input(const PanelForward<float>& kernel, const ConvPoolShape& s, const Tensor& grad,
+                     const Tensor& weight, Tensor& grad_x, const Direct& direct) {
   const ConvPoolShape t = input_gradient_shape(s);
   const Outputs out{&grad_x, nullptr, nullptr};
-  run_panels<float>(kernel, t, grad, weight, true, apart, nullptr, out, [&](int64_t from, int64_t to) {
+  run_panels<float>(kernel, t, grad, weight, true, nullptr, out, [&](int64_t from, int64_t to) {
     direct(t, grad, mirrored_weight(weight, s), std::nullopt, out, from, to);
   });
 }

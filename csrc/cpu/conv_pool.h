@@ -104,12 +104,13 @@ struct PanelForward {
   void (*run)(const ConvPoolShape&, const T* x, const float* packed, const float* bias, T* y, uint8_t* code,
               T* kept, uint8_t* not_finite, void* scratch, int64_t begin, int64_t end, int64_t out_begin,
               int64_t out_end);
-  // Null, or whether the weights of a call are better packed in passing, and all units of such a call: each
-  // weight is met once.
-  bool (*streams)(const ConvPoolShape&);
+  // Null unless panels are of one size, and going over the input again for each costs little: those can be
+  // packed one by one. streams: whether the weights of a call are better packed in passing; stream: all units
+  // of such a call, each weight packed right where it is used.
+  bool (*streams)(const ConvPoolShape&) = nullptr;
   void (*stream)(const ConvPoolShape&, const T* x, const T* weight, bool mirrored, const float* bias, T* y,
                  uint8_t* code, T* kept, uint8_t* not_finite, void* scratch, int64_t out_begin,
-                 int64_t out_end);
+                 int64_t out_end) = nullptr;
 };
 
 // Winograd's F(ExE, 3x3): float, 3x3 kernels, stride, dilation and groups 1, windows of 1 or 2 along each

@@ -34,8 +34,7 @@ int64_t tiles_scratch_bytes(const ConvPoolShape& s) {
   return carved_bytes(plan.group * P * plan.part, sizeof(Half)) +
          (maps + (s.keyed ? 1 : 0)) * carved_bytes(plan.map_size(), 4) +
          2 * carved_bytes(plan.out_size(s), 4) + carved_bytes(kPanelOutputs, 4) +
-         carved_bytes(plan.tiles() + 1, sizeof(int64_t)) + carved_bytes(plan.all_steps(), sizeof(int64_t)) +
-         carved_bytes(plan.chunk * plan.step_size(), sizeof(Half));
+         carved_bytes(plan.tiles() + 1, sizeof(int64_t)) + carved_bytes(plan.all_steps(), sizeof(int64_t));
 }
 
 // One row of an image into its place in the strip, the parts of its values; stores reach up to 32 halves
@@ -158,17 +157,18 @@ void fill_steps(const ConvPoolShape& s, const TilePlan<P>& plan, int64_t* at) {
 }
 
 // Some steps of the map of a strip, for C tiles of outputs, its pixels in tiles that begin at `offsets` of
-// the input. Of parts each such sum begins at nought and is added afterwards: one long sum would lose digits.
+// the input. bias: null if the map holds the sum of steps before. Of parts each such sum begins at nought and
+// is added afterwards: one long sum would lose digits.
 template <int P, int C>
 void map_steps(const ConvPoolShape& s, const TilePlan<P>& plan, const Half* input, const int64_t* offsets,
-               int64_t tiles, const int64_t* at, const Half* b, int64_t steps, bool first, const float* bias,
+               int64_t tiles, const int64_t* at, const Half* b, int64_t steps, const float* bias,
                float* map) {
   constexpr int64_t kTileMap = kTileSide * kPanelOutputs;
   alignas(64) static constexpr float kZeros[kPanelOutputs] = {};
   alignas(64) float sums[2 * kTileMap];
   const int64_t a_bytes = s.stride.w * s.channels * 2;
-  const bool apart = P > 1 && !first;
-  const float* row = first ? bias : apart ? kZeros : nullptr;
+  const bool apart = P > 1 && !bias;
+  const float* row = apart ? kZeros : bias;
   for (int64_t t = 0; t < tiles; t += 2) {
     const int64_t now = smaller(tiles - t, 2);
     float* const to = map + t * kTileMap;
@@ -193,11 +193,12 @@ inline int64_t conv_rows_of(const ConvPoolShape& s, const Strip& strip) {
 }
 
 // The weights of a chunk of steps, as they were packed before.
-template <int P, typename T>
+template <int P>
 struct PackedTiles {
   static constexpr bool kInPassing = false;
   const float* packed;
-  const Half* operator()(const TilePlan<P>& plan, int64_t panel, int64_t step, int64_t, Half*) const {
+
+  const Half* operator()(const TilePlan<P>& plan, int64_t panel, int64_t step, int64_t) const {
     return reinterpret_cast<const Half*>(packed) + panel * plan.panel_size() + step * plan.step_size();
   }
 };
@@ -208,12 +209,13 @@ struct TilesInPassing {
   const ConvPoolShape& s;
   const T* weight;
   bool mirrored;
-  const Half* operator()(const TilePlan<P>& plan, int64_t panel, int64_t step, int64_t steps,
-                         Half* buffer) const {
+  Half* packed;  // of one chunk
+
+  const Half* operator()(const TilePlan<P>& plan, int64_t panel, int64_t step, int64_t steps) const {
     const int64_t taps = s.kernel.h * s.kernel.w;
     for (int64_t c = step / taps; c < (step + steps) / taps; ++c)
-      pack_channels<P>(s, plan, weight, mirrored, panel, c * kTileDepth, buffer - step * plan.step_size());
-    return buffer;
+      pack_channels<P>(s, plan, weight, mirrored, panel, c * kTileDepth, packed - step * plan.step_size());
+    return packed;
   }
 };
 
@@ -233,7 +235,6 @@ void compute_tiles(const ConvPoolShape& s, const T* x, const Weights& weights, c
   float* shift = carve<float>(scratch, kPanelOutputs);
   int64_t* offsets = carve<int64_t>(scratch, plan.tiles() + 1);
   int64_t* at = carve<int64_t>(scratch, plan.all_steps());
-  Half* buffer = carve<Half>(scratch, plan.chunk * plan.step_size());
   fill_steps(s, plan, at);
   const int64_t of_row = plan.pitch / kTileSide, pixel = s.stride.w * s.channels;
   for (int64_t t = 0; t < plan.tiles(); ++t)
@@ -265,12 +266,12 @@ void compute_tiles(const ConvPoolShape& s, const T* x, const Weights& weights, c
     const bool two = s.outputs - panel * kPanelOutputs > kTileSide;
     for (int64_t step = 0; step < plan.all_steps(); step += plan.chunk) {
       const int64_t steps = smaller(plan.chunk, plan.all_steps() - step);
-      const Half* b = weights(plan, panel, step, steps, buffer);
+      const Half* b = weights(plan, panel, step, steps);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t pixels = conv_rows_of(s, strip_of(s, plan, unit + i)) * plan.pitch;
         (two ? map_steps<P, 2> : map_steps<P, 1>)(s, plan, input + i * P * plan.part, offsets,
-                                                  ceil_div(pixels, kTileSide), at + step, b, steps, step == 0,
-                                                  shift, maps + i * plan.map_size());
+                                                  ceil_div(pixels, kTileSide), at + step, b, steps,
+                                                  step == 0 ? shift : nullptr, maps + i * plan.map_size());
       }
     }
     for (int64_t i = 0; i < count; ++i)
@@ -303,15 +304,17 @@ template <int P, typename T>
 void run_tiles(const ConvPoolShape& s, const T* x, const float* packed, const float* bias, T* y,
                uint8_t* code, T* kept, uint8_t* not_finite, void* memory, int64_t begin, int64_t end,
                int64_t out_begin, int64_t out_end) {
-  compute_tiles<P, T>(s, x, PackedTiles<P, T>{packed}, bias, y, code, kept, not_finite, memory, begin, end,
+  compute_tiles<P, T>(s, x, PackedTiles<P>{packed}, bias, y, code, kept, not_finite, memory, begin, end,
                       out_begin, out_end);
 }
 template <int P, typename T>
 void stream_tiles(const ConvPoolShape& s, const T* x, const T* weight, bool mirrored, const float* bias, T* y,
                   uint8_t* code, T* kept, uint8_t* not_finite, void* memory, int64_t out_begin,
                   int64_t out_end) {
-  compute_tiles<P, T>(s, x, TilesInPassing<P, T>{s, weight, mirrored}, bias, y, code, kept, not_finite,
-                      memory, 0, tiles_units<P>(s), out_begin, out_end);
+  alignas(64) Half packed[kMostSteps * TilePlan<P>::step_size()];
+  const TilesInPassing<P, T> weights{s, weight, mirrored, packed};
+  compute_tiles<P, T>(s, x, weights, bias, y, code, kept, not_finite, memory, 0, tiles_units<P>(s), out_begin,
+                      out_end);
 }
 
 template <int P, typename T>

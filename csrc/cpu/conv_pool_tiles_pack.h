@@ -85,20 +85,22 @@ CNNRNN_INLINE vf widened(const Half* p, int64_t n) {
   return reinterpret_cast<vf>(__builtin_convertvector(halves, vu) << 16);
 }
 
-// Columns of 16 rows that lie `stride` apart. A function of its own, as its rows take all registers. Those of
-// weights are too far apart for the processor to foresee what comes `ahead`.
-template <typename T>
-__attribute__((noinline)) void turn_block(const T* from, int64_t stride, int64_t ahead,
-                                          float (*to)[kTileSide]) {
+// The first n columns of `rows` rows that lie `stride` apart, zeros in other lanes; kWhole: 16 by 16. A
+// function of its own, as its rows take all registers. Rows of weights are too far apart for the processor to
+// foresee what comes `ahead`.
+template <bool kWhole, typename T>
+__attribute__((noinline)) void turn_block(const T* from, int64_t stride, int64_t ahead, int64_t rows,
+                                          int64_t n, float (*to)[kTileSide]) {
   vf block[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i, from += stride) {
-    block[i] = widened(from, kLanes);
+  for (int64_t i = 0; i < kLanes; ++i, from += stride) {
+    block[i] = kWhole ? widened(from, kLanes) : i < rows ? widened(from, n) : vf{};
     __builtin_prefetch(from + ahead);
   }
   transpose<float>(block);
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) storeu(to[i], block[i]);
+  for (int64_t i = 0; i < kLanes; ++i)
+    if (kWhole || i < n) storeu(to[i], block[i]);
 }
 
 // Weights of 16 outputs and up to 32 channels, one vector of outputs for each channel and tap: that of
@@ -117,18 +119,8 @@ CNNRNN_INLINE void stage_weights(const T* from, int64_t of_output, int64_t of_ch
         storeu(staged[f], widened(from, outputs));
         continue;
       }
-      if (n == kLanes && outputs == kLanes) {
-        turn_block(from + f, of_output, run, staged + f);
-        continue;
-      }
-      vf block[kLanes];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes; ++i)
-        block[i] = i < outputs ? widened(from + i * of_output + f, n) : vf{};
-      transpose<float>(block);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes; ++i)
-        if (i < n) storeu(staged[f + i], block[i]);
+      const bool square = n == kLanes && outputs == kLanes;
+      (square ? turn_block<true, T> : turn_block<false, T>)(from + f, of_output, run, outputs, n, staged + f);
     }
 }
 
@@ -160,35 +152,26 @@ void pack_channels(const ConvPoolShape& s, const TilePlan<P>& plan, const T* wei
                   staged);
     for (int64_t t = 0; t < taps; ++t) {
       const int64_t tap = mirrored ? taps - 1 - t : t;
+      // The run of steps that has the tap, and the depth of channel c0 there.
       const int64_t run = plan.by_channels ? c0 / kTileDepth * taps + tap : tap / of_run * plan.steps;
-      const int64_t first = tap % of_run * s.channels + c0;  // the depth of channel c0 in its run
+      const int64_t first = plan.by_channels ? 0 : tap % of_run * s.channels + c0;
       Half* const to_run = to_panel + run * plan.step_size() + k % kPanelOutputs / kTileSide * kTileValues;
-      if (plan.by_channels) {
-        pair_channels<P>(staged + t, taps, channels, to_run);
-        continue;
-      }
       const auto place = [&](uint64_t d) {  // of depth d, for output 0
         return to_run + d / kTileDepth * plan.step_size() + d % kTileDepth / 2 * kTileDepth + d % 2;
       };
-      for (int64_t c = 0; c < channels; c += 2) {
-        const bool two = c + 1 < channels;
-        const Parts<P> even = parts_of<P>(loadu(staged[c * taps + t]));
-        const Parts<P> odd = two ? parts_of<P>(loadu(staged[(c + 1) * taps + t])) : Parts<P>{};
-        Half* const to[2] = {place(first + c), place(first + c + 1)};
-#pragma GCC unroll 3
-        for (int p = 0; p < P; ++p) {
-          const vu words = even.of[p] >> 16 | odd.of[p];
-          const int64_t at = p * kTilePanel * kTileValues;
-          if (s.channels % 2 == 0) {
-            store_words(to[0] + at, words);
-            continue;
-          }
-          // Pairs of a run are not pairs of channels: each half goes by itself.
-          for (int64_t i = 0; i < outputs; ++i) {
-            to[0][at + 2 * i] = static_cast<Half>(words[i]);
-            if (two) to[1][at + 2 * i] = static_cast<Half>(words[i] >> 16);
-          }
+      if (s.channels % 2 == 0) {
+        for (int64_t c = 0, n; c < channels; c += n) {
+          n = smaller(kTileDepth - (first + c) % kTileDepth, channels - c);
+          pair_channels<P>(staged + c * taps + t, taps, n, place(first + c));
         }
+        continue;
+      }
+      // Pairs of a run are not pairs of channels: each half goes by itself.
+      for (int64_t c = 0; c < channels; ++c) {
+        const Parts<P> parts = parts_of<P>(loadu(staged[c * taps + t]));
+        for (int p = 0; p < P; ++p)
+          for (int64_t i = 0; i < outputs; ++i)
+            place(first + c)[p * kTilePanel * kTileValues + 2 * i] = static_cast<Half>(parts.of[p][i] >> 16);
       }
     }
   }
