@@ -3,7 +3,7 @@
 #include "conv_pool_arguments.h"
 #include "conv_pool_average.h"
 #include "conv_pool_half.h"
-#include "conv_pool_tiles.h"
+#include "conv_pool_tiles_grad.h"
 #include "conv_pool_winograd.h"
 
 namespace cnnrnn {
@@ -241,29 +241,40 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
   need_bias = need_bias && bias.has_value();
   const Tensor none = empty_like_of(grad, {0});
   Tensor grad_x = none, grad_weight = none, grad_bias = none;
-  const bool dense_input = single && need_x && winograd_input_pays(s, tiles() != nullptr);
-  const bool dense_weight = single && (need_weight || need_bias) && winograd_weight_pays(s);
+  const bool need_sums = need_weight || need_bias;
+  const bool input_on_tiles = single && need_x && tiles_input_pays(s);
+  const bool weight_on_tiles = single && need_sums && tiles_weight_pays(s);
+  const bool dense_input = single && need_x && !input_on_tiles && winograd_input_pays(s, tiles() != nullptr);
+  const bool dense_weight = single && need_sums && !weight_on_tiles && winograd_weight_pays(s);
   const bool every_alive = s.positions() == 1 && (!s.relu || call.average);
+  const auto outputs = [&] {
+    return OutputGradient{data<float>(grad), every_alive ? nullptr : data<uint8_t>(code)};
+  };
   const Tensor map = !dense_input && !dense_weight ? none
                      : every_alive                 ? grad
                                                    : unpooled(kernels().winograd, grad, code, s);
   if (need_x) {
     const Tensor weight = in_layout(weight_any, false);
     grad_x = empty_image(grad, s, s.channels, s.input, grad.scalar_type());
+    bool done = input_on_tiles && run_tiles_input(s, outputs(), weight, grad_x);
     if (dense_input) {
       const auto* kernel = panel_kernel(input_gradient_shape(s), false);
       run_dense_input(*kernel, s, map, weight, grad_x, run_direct<float>);
-    } else
-      (single ? run_input_gradient<float> : run_input_gradient<double>)(s, grad, weight, code, grad_x);
+      done = true;
+    }
+    const auto run = single ? run_input_gradient<float> : run_input_gradient<double>;
+    if (!done) run(s, grad, weight, code, grad_x);
   }
-  if (need_weight || need_bias) {
+  if (need_sums) {
     const Tensor x = in_layout(x_any, s.channels_last);
     if (need_weight)
       grad_weight = empty_like_of(grad, {s.outputs, s.group_channels(), s.kernel.h, s.kernel.w});
     if (need_bias) grad_bias = empty_like_of(grad, {s.outputs});
     Tensor* const of_weight = need_weight ? &grad_weight : nullptr;
     Tensor* const of_bias = need_bias ? &grad_bias : nullptr;
-    const bool done = dense_weight && run_winograd_weight(kernels().winograd, s, map, x, of_weight, of_bias);
+    const bool done =
+        (weight_on_tiles && run_tiles_weight(s, outputs(), x, of_weight, of_bias)) ||
+        (dense_weight && run_winograd_weight(kernels().winograd, s, map, x, of_weight, of_bias));
     const auto run = single ? run_weight_gradient<float> : run_weight_gradient<double>;
     if (!done) run(s, grad, x, code, of_weight, of_bias);
   }

@@ -244,7 +244,7 @@ def _uncovered_on_cpu(x, weight, conv, pool, grad):
     # with one channel, of which torch's are slow, an average pool is faster all the same.
     if winograd_serves(x, weight, stride, dilation, groups) or (pool == "avg" and x.shape[1] == 1):
         return None
-    if not grad and tiles_serve(x, weight, groups):
+    if tiles_serve(x, weight, groups):
         return None
     return f"pool={pool!r} has a kernel only for float32, 3x3, stride 1 and 8 channels or more" + (
         ", and for one channel" if pool == "avg" else ""

@@ -142,12 +142,50 @@ struct ConvPoolKernels {
 
 extern const ConvPoolKernels conv_pool_baseline, conv_pool_avx2, conv_pool_avx512;
 
+// The gradients of a convolution without a pool as products of matrices on tile registers, of a batch whole
+// or part by part. What they read more than once is parted beforehand, into memory that the host provides.
+// grad_y passes where code is 0, or everywhere if that is null. Both tell whether their results are finite;
+// if not, this algorithm cannot compute them.
+struct TilesGradients {
+  // Of weight and bias: x by images [begin, end), grad_y by tiles of 16 outputs, whose sum is added to
+  // grad_bias unless that is null. Then panels [begin, end) of columns (taps and channels), at tiles
+  // [out_begin, out_end) of outputs; written with the last part.
+  struct Part {
+    bool first, last;
+    float* kept;  // sums from part to part, of weight_sums numbers; null for a batch in one part
+  };
+  int64_t (*weight_panels)(const ConvPoolShape&);
+  int64_t (*weight_sums)(const ConvPoolShape&);
+  int64_t (*weight_input_bytes)(const ConvPoolShape&);
+  int64_t (*weight_map_bytes)(const ConvPoolShape&);
+  int64_t (*weight_scratch_bytes)(const ConvPoolShape&);
+  void (*weight_part_input)(const ConvPoolShape&, const float* x, void* input, int64_t begin, int64_t end);
+  void (*weight_part_map)(const ConvPoolShape&, const float* grad_y, const uint8_t* code, void* map,
+                          float* grad_bias, int64_t begin, int64_t end);
+  bool (*weight)(const ConvPoolShape&, const void* input, const void* map, const Part& part,
+                 float* grad_weight, void* scratch, int64_t begin, int64_t end, int64_t out_begin,
+                 int64_t out_end);
+
+  // Of x: grad by tiles [begin, end) of all pixels, then units [begin, end) of channels in groups
+  // [group_begin, group_end) of images.
+  int64_t (*input_units)(const ConvPoolShape&);
+  int64_t (*input_groups)(const ConvPoolShape&);
+  int64_t (*input_map_tiles)(const ConvPoolShape&);
+  int64_t (*input_map_bytes)(const ConvPoolShape&);
+  int64_t (*input_scratch_bytes)(const ConvPoolShape&);
+  void (*input_part_map)(const ConvPoolShape&, const float* grad_y, const uint8_t* code, void* map,
+                         int64_t begin, int64_t end);
+  bool (*input)(const ConvPoolShape&, const float* weight, const void* map, float* grad_x, void* scratch,
+                int64_t begin, int64_t end, int64_t group_begin, int64_t group_end);
+};
+
 // On tile registers, groups 1: float as three bfloat16 parts, directly and by Winograd's algorithm, and
 // bfloat16.
 struct ConvPoolTiles {
   PanelForward<float> f32;
   PanelForward<float> winograd_of_2, winograd_of_4;
   PanelForward<uint16_t> bf16;
+  TilesGradients gradients;
 };
 extern const ConvPoolTiles conv_pool_amx;
 

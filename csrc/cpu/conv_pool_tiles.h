@@ -37,10 +37,10 @@ int64_t tiles_scratch_bytes(const ConvPoolShape& s) {
          carved_bytes(plan.tiles() + 1, sizeof(int64_t)) + carved_bytes(plan.all_steps(), sizeof(int64_t));
 }
 
-// One row of an image into its place in the strip, the parts of its values; stores reach up to 32 halves
-// beyond it.
+// Rows of an image one after the other, to their places in the strip, the parts of their values; stores reach
+// up to 32 halves beyond each row.
 template <int P, typename T>
-void part_row(const ConvPoolShape& s, const TilePlan<P>& plan, const T* from, Half* to) {
+void part_rows(const ConvPoolShape& s, const TilePlan<P>& plan, const T* from, int64_t rows, Half* to) {
   const auto put = [&](Half* at, const Parts<P>& first, const Parts<P>& second) {
 #pragma GCC unroll 3
     for (int p = 0; p < P; ++p) store_words(at + p * plan.part, halves_of(first.of[p], second.of[p]));
@@ -48,21 +48,27 @@ void part_row(const ConvPoolShape& s, const TilePlan<P>& plan, const T* from, Ha
   const int64_t columns = s.input.w;
   if (s.channels_last) {
     const int64_t count = columns * s.channels;
-    for (int64_t i = 0; i < count; i += kTileDepth)
-      put(to + i, parts_of<P>(widened(from + i, smaller(count - i, kLanes))),
-          parts_of<P>(widened(from + i + kLanes, larger(smaller(count - i - kLanes, kLanes), 0))));
+    for (int64_t r = 0; r < rows; ++r, from += count, to += plan.row)
+      for (int64_t i = 0; i < count; i += kTileDepth)
+        put(to + i, parts_of<P>(widened(from + i, smaller(count - i, kLanes))),
+            parts_of<P>(widened(from + i + kLanes, larger(smaller(count - i - kLanes, kLanes), 0))));
     return;
   }
-  // Words of two channels at 16 pixels change places. Of a pixel's channels the last come first: what their
-  // store reaches beyond is written afterwards.
-  const int64_t plane = s.input.h * s.input.w, last = (s.channels - 1) / kTileDepth * kTileDepth;
-  for (int64_t x = 0; x < columns; x += kLanes) {
-    const int64_t width = smaller(columns - x, kLanes);
+  // Words of two channels at 16 pixels, across rows, change places. Of a pixel's channels the last come
+  // first: what their store reaches beyond is written afterwards.
+  const int64_t plane = s.input.h * columns, last = (s.channels - 1) / kTileDepth * kTileDepth;
+  for (int64_t first = 0, y = 0, x = 0; first < rows * columns; first += kLanes) {
+    const int64_t width = smaller(rows * columns - first, kLanes);
+    Half* places[kLanes];
+    for (int64_t i = 0; i < width; ++i) {
+      places[i] = to + y * plan.row + x * s.channels;
+      if (++x == columns) x = 0, ++y;
+    }
     for (int64_t c = last; c >= 0; c -= kTileDepth) {
       vf words[P][kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const auto channel = [&](int64_t at) {
-          return parts_of<P>(at < s.channels ? widened(from + at * plane + x, width) : vf{});
+          return parts_of<P>(at < s.channels ? widened(from + at * plane + first, width) : vf{});
         };
         const Parts<P> even = channel(c + 2 * i), odd = channel(c + 2 * i + 1);
 #pragma GCC unroll 3
@@ -71,7 +77,7 @@ void part_row(const ConvPoolShape& s, const TilePlan<P>& plan, const T* from, Ha
       for (int p = 0; p < P; ++p) {
         transpose<float>(words[p]);
         for (int64_t i = 0; i < width; ++i)
-          store_words(to + p * plan.part + (x + i) * s.channels + c, reinterpret_cast<vu>(words[p][i]));
+          store_words(places[i] + p * plan.part + c, reinterpret_cast<vu>(words[p][i]));
       }
     }
   }
@@ -79,23 +85,32 @@ void part_row(const ConvPoolShape& s, const TilePlan<P>& plan, const T* from, Ha
 
 // Rows [first, first + rows) of one image, with the padding around them.
 template <int P, typename T>
+void fill_rows(const ConvPoolShape& s, const TilePlan<P>& plan, const T* image, int64_t first, int64_t rows,
+               Half* strip) {
+  const int64_t left = s.padding.w * s.channels, middle = s.input.w * s.channels;
+  const int64_t begin = smaller(larger(first, 0), s.input.h);
+  const int64_t end = smaller(larger(first + rows, begin), s.input.h);
+  part_rows<P>(s, plan, image + begin * s.input.w * (s.channels_last ? s.channels : 1), end - begin,
+               strip + (begin - first) * plan.row + left);
+  for (int64_t y = first; y < first + rows; ++y, strip += plan.row)
+    for (int p = 0; p < P; ++p) {
+      Half* const row = strip + p * plan.part;
+      if (y < begin || y >= end) {
+        __builtin_memset(row, 0, plan.row * sizeof(Half));
+        continue;
+      }
+      __builtin_memset(row, 0, left * sizeof(Half));
+      __builtin_memset(row + left + middle, 0, left * sizeof(Half));
+    }
+}
+// The same, and what tiles read beyond: it meets weights of 0.
+template <int P, typename T>
 void fill_strip(const ConvPoolShape& s, const TilePlan<P>& plan, const T* image, int64_t first, int64_t rows,
                 Half* strip) {
-  const int64_t left = s.padding.w * s.channels, middle = s.input.w * s.channels;
-  const auto clear = [&](Half* at, int64_t count) {
-    for (int p = 0; p < P; ++p) __builtin_memset(at + p * plan.part, 0, count * sizeof(Half));
-  };
-  for (int64_t r = 0; r < rows; ++r, strip += plan.row) {
-    const int64_t y = first + r;
-    if (y < 0 || y >= s.input.h) {
-      clear(strip, plan.row);
-      continue;
-    }
-    clear(strip, left);
-    part_row<P>(s, plan, image + y * s.input.w * (s.channels_last ? s.channels : 1), strip + left);
-    clear(strip + left + middle, left);
-  }
-  clear(strip, plan.depth + 2 * kTileDepth);  // meets weights of 0
+  fill_rows<P>(s, plan, image, first, rows, strip);
+  for (int p = 0; p < P; ++p)
+    __builtin_memset(strip + rows * plan.row + p * plan.part, 0,
+                     (plan.depth + 2 * kTileDepth) * sizeof(Half));
 }
 
 // c = c0 + a b over `steps`, of R x C tiles: pixels, outputs. Step i of a stands at[i] halves on; its parts

@@ -29,6 +29,11 @@ inline void unpool(const ConvPoolShape& s, const float* grad_y, const uint8_t* c
     const vf grad = n < kLanes ? load_n(grad_y + at, n) : loadu(grad_y + at);
     return load_codes(code + at, n) == static_cast<int32_t>(position) ? grad : vf{};
   };
+  if (s.positions() == 1) {  // no pool: the rows are one stretch
+    for (int64_t i = begin * row_size; i < end * row_size; i += kLanes)
+      store_n(grad_map + i, winners(i, 0), end * row_size - i);
+    return;
+  }
   for (int64_t at = begin; at < end; ++at) {
     float* const row = grad_map + at * row_size;
     const int64_t cy = at % s.conv.h, py = cy / s.window.h, first = cy % s.window.h * s.window.w;
