@@ -79,6 +79,21 @@ def test_taken_and_equal(taken, dims, options, batch, dtype):
     assert all(map(torch.equal, a, b))
 
 
+@pytest.mark.parametrize("pool", ["none", "avg"])
+def test_other_pools_where_the_operator_serves(taken, pool):
+    """3x3 of float32, which double takes away and float brings back."""
+    module, x = cx.ConvPool2d(8, 6, 3, pool=pool), torch.randn(2, 8, 15, 13)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        module, x = module.to(dtype), x.to(dtype)
+        taken.clear()
+        with torch.no_grad():
+            y = module(x)
+        trained = module(x)
+        assert taken == (["forward", "train"] if dtype == torch.float32 else [])
+        assert torch.equal(y, long_way(module, x))
+        assert torch.equal(trained, y)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -8,6 +8,7 @@ from cnnrnn_ext import functional, reference
 from cnnrnn_ext._autograd_conv_pool import ConvPoolTrain
 from cnnrnn_ext._backend import plain, plain_operands
 from cnnrnn_ext._checks import check_choice, check_conv_pool_indices, pool_arguments
+from cnnrnn_ext._operator_conv_pool import NO_POOL
 from cnnrnn_ext.functional._common import needs_grad
 from cnnrnn_ext.functional._conv_pool import conv_pool2d_uncovered
 from cnnrnn_ext.modules._streaming import ShortCall
@@ -18,13 +19,21 @@ operator = torch.ops.cnnrnn_ext.conv_pool2d.default._op  # without OpOverload.__
 class _ConvPool(ShortCall):
     """What both dimensions share: the options of activation and pool beside torch's convolution module."""
 
-    # What the operator takes beside input, weight and bias; False where a call may need more than the
-    # operator; None where nobody has asked since the last change of an attribute.
+    # What the operator takes beside input, weight and bias, and whether it serves gradients too; False where
+    # a call may need more than the operator; None where nobody has asked since the last change.
     _plan = None
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
         self.__dict__["_plan"] = None
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.__dict__["_plan"] = None
+
+    def _apply(self, *args, **kwargs):  # parameters may change their dtype or device
+        self.__dict__["_plan"] = None
+        return super()._apply(*args, **kwargs)
 
     def _plan_of(self):
         weight, padding = self._parameters.get("weight"), self.padding
@@ -36,7 +45,6 @@ class _ConvPool(ShortCall):
         )
         if (
             weight is None
-            or self.pool != "max"
             or self.return_indices
             or self.padding_mode != "zeros"
             or not all(type(sizes) is tuple and len(sizes) == weight.dim() - 2 for sizes in (*conv, *pool))
@@ -46,25 +54,34 @@ class _ConvPool(ShortCall):
             weight = weight.unsqueeze(-2)
             conv = [(extra, *sizes) for extra, sizes in zip((1, 0, 1), conv, strict=True)]
             pool = [(extra, *sizes) for extra, sizes in zip((1, 1, 0), pool, strict=True)]
-        if conv_pool2d_uncovered(weight, weight, (*conv, self.groups), self.activation, self.pool, pool):
+
+        def serves(grad):
+            arguments = (weight, weight, (*conv, self.groups), self.activation, self.pool, pool, grad)
+            return not conv_pool2d_uncovered(*arguments)
+
+        if not serves(grad=False):
             return False
-        return *conv, self.groups, self.activation, self.pool, *pool, self.ceil_mode, self.precision
+        pools = self.pool, *pool, self.ceil_mode
+        if self.pool == "none":
+            pools = tuple(NO_POOL.values())
+        return (*conv, self.groups, self.activation, *pools, self.precision), serves(grad=True)
 
     def _short(self, input):
         """The operator at once, for an input that is ``plain``; None where it refuses its operands. The way
         through ``functional`` then does the same, or tells what does not fit."""
         own = self._parameters
+        plan, serves_gradients = self._plan
         try:
             weight, bias = own["weight"], own["bias"]
             if needs_grad(input, weight, bias):
-                if not plain_operands(weight, bias):
+                if not (serves_gradients and plain_operands(weight, bias)):
                     return None
                 run = ConvPoolTrain.apply
             else:
                 run = operator
             if input.dim() == 4:
-                return run(input, weight, bias, *self._plan)
-            return run(input.unsqueeze(-2), weight.unsqueeze(-2), bias, *self._plan).squeeze(-2)
+                return run(input, weight, bias, *plan)
+            return run(input.unsqueeze(-2), weight.unsqueeze(-2), bias, *plan).squeeze(-2)
         except (KeyError, RuntimeError):
             return None
 
