@@ -82,9 +82,17 @@ def tiles_serve(x, weight, groups):
     )
 
 
-def has_tiles():
+def _isa():
     module = _library.build_module()
-    return module is not None and module.active_isa() == "amx"
+    return module.active_isa() if module else None
+
+
+def has_tiles():
+    return _isa() == "amx"
+
+
+def has_wide_vectors():
+    return _isa() in ("avx512", "amx")
 
 
 def _corners(y, pool_stride, pool_padding):

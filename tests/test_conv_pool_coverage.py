@@ -20,8 +20,8 @@ UNCOVERED = {
         "pool_padding": 1,
         "ceil_mode": True,
     },
-    "pool none, few channels": {"pool": "none"},
-    "tanh, no pool": {"activation": "tanh", "pool": "none"},
+    "pool none, groups": {"pool": "none", "groups": 3},
+    "tanh, no pool": {"activation": "tanh", "pool": "none", "groups": 3},
     "window too large": {"pool_size": (16, 16), "padding": 8},
     "same, even kernel": {"padding": "same"},
 }

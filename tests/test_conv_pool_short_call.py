@@ -97,7 +97,7 @@ def test_other_pools_where_the_operator_serves(taken, pool):
 @pytest.mark.parametrize(
     "options",
     [
-        {"pool": "none"},
+        {"pool": "none", "groups": 2},
         {"pool": "avg"},
         {"padding": "same"},
         {"padding": 1, "padding_mode": "reflect"},

@@ -20,6 +20,7 @@ from cnnrnn_ext._operator_conv_pool import (
     ACTIVATION_GRADIENTS,
     NO_POOL,
     has_tiles,
+    has_wide_vectors,
     tiles_serve,
     winner_index,
     winograd_serves,
@@ -29,6 +30,7 @@ from cnnrnn_ext.ops import CODE_POSITIONS
 
 PRECISIONS = ("highest", "high")
 LARGE_PADDING = 256
+FEW_CHANNELS = 4  # of a group, that kernels take which multiply no matrices of channels
 
 
 def conv_pool2d(
@@ -240,15 +242,21 @@ def _uncovered_on_cpu(x, weight, conv, pool, grad):
         if groups > 1 and groups == weight.shape[0]:
             return "no kernel for one output channel of each group (depthwise): torch's is faster"
         return None
-    # Where every position of the map has a gradient, or is wanted, direct kernels are slower than torch's;
-    # with one channel, of which torch's are slow, an average pool is faster all the same.
+    # Where every position of the map has a gradient, direct kernels are slower than torch's; with one
+    # channel, of which torch's are slow, an average pool is faster all the same.
     if winograd_serves(x, weight, stride, dilation, groups) or (pool == "avg" and x.shape[1] == 1):
         return None
     if tiles_serve(x, weight, groups):
         return None
-    return f"pool={pool!r} has a kernel only for float32, 3x3, stride 1 and 8 channels or more" + (
-        ", and for one channel" if pool == "avg" else ""
-    )
+    # Without gradients, and with few channels, they are as fast and spare a pass for the activation.
+    few = groups == 1 and x.dtype == torch.float32 and x.shape[1] <= FEW_CHANNELS
+    if pool == "none" and few and not grad and has_wide_vectors():
+        return None
+    others = {
+        "avg": ", and for one channel",
+        "none": f", and without gradients for up to {FEW_CHANNELS} on vectors of 512 bits",
+    }[pool]
+    return f"pool={pool!r} has a kernel only for float32, 3x3, stride 1 and 8 channels or more{others}"
 
 
 def _plain_3x3(weight, conv):
@@ -260,9 +268,6 @@ def _in_blocks(pool, pools):
     """Whether the windows make up 2x2 blocks of the map: what all tensor-core kernels pool in registers."""
     size, stride, padding = map(tuple, pools)
     return pool != "max" or (max(size) <= 2 and stride == size and not any(padding))
-
-
-FEW_CHANNELS = 4  # of a group: those that the CUDA kernels read element by element
 
 
 def _uncovered_on_cuda(x, weight, conv, pool):
