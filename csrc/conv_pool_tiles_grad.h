@@ -14,11 +14,10 @@ inline bool tiles_gradients_serve(const ConvPoolShape& s) {
 
 // Whether the gradients of weight and bias are faster there than by Winograd's algorithm, whose sums are 16/9
 // of the weight: that is where they are many for the pixels (measured at 64 to 512 channels, maps of 4x4 to
-// 56x56, batches of 1 and 16).
+// 56x56, batches of 1 to 16).
 inline bool tiles_weight_pays(const ConvPoolShape& s) {
-  const int64_t pixels = s.batch * s.conv.h * s.conv.w;
-  return tiles_gradients_serve(s) &&
-         (!winograd_weight_pays(s) || pixels <= 6 * std::min(s.channels, s.outputs));
+  const int64_t pixels = s.batch * s.conv.h * s.conv.w, channels = std::min(s.channels, s.outputs);
+  return tiles_gradients_serve(s) && (!winograd_weight_pays(s) || 16 * pixels <= channels * channels);
 }
 
 // The same of x, where images of 32 channels stay in cache: on small maps Winograd's algorithm fills its
