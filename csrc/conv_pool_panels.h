@@ -35,6 +35,28 @@ void in_panel_slices(const Tensor& like, int64_t units, int64_t panels, bool by_
             });
 }
 
+// Whether pixels of several images go through the kernel together: where that leaves the busiest thread less
+// work. Its unit is the product of an image with an output panel, at one tap. The copy of an image, which
+// each thread makes that shares outputs, costs about two, and twice as much together, as it leaves the cache.
+template <typename T>
+bool goes_across(const PanelForward<T>& kernel, const ConvPoolShape& s) {
+  if (!kernel.fill) return false;
+  constexpr double kCopy = 2, kCopyAcross = 4;
+  const double fill = kernel.fill(s), taps = static_cast<double>(s.kernel.h * s.kernel.w);
+  const double copied =
+      fill * static_cast<double>(s.input.h * s.input.w) / static_cast<double>(s.conv.h * s.conv.w);
+  const int64_t threads = torch::stable::get_num_threads(), panels = kernel.output_panels(s);
+  const auto share = [&](int64_t count) { return (count + threads - 1) / threads; };
+  const auto most = [&](int64_t units, double product, double copy) {
+    const auto cost = [&](int64_t units, int64_t panels) {
+      return static_cast<double>(units) * (static_cast<double>(panels) * product + copy);
+    };
+    return std::min(cost(share(units), panels), cost(units, share(panels)));
+  };
+  const int64_t units = (s.batch + kImagesAcross - 1) / kImagesAcross;
+  return kImagesAcross * most(units, fill * taps, kCopyAcross * copied) < most(s.batch, taps, kCopy * copied);
+}
+
 template <typename T>
 Tensor packed_panels(const PanelForward<T>& kernel, const ConvPoolShape& s, const Tensor& weight,
                      bool mirrored) {
@@ -86,8 +108,9 @@ void run_panels_apart(const PanelForward<T>& kernel, const ConvPoolShape& s, con
 // again, by direct(from, to): these kernels may turn one inf into NaN around it. Whether that happens depends
 // on nothing but the image.
 template <typename T, typename Direct>
-void run_panels(const PanelForward<T>& kernel, const ConvPoolShape& s, const Tensor& x, const Tensor& weight,
+void run_panels(const PanelForward<T>& kernel, ConvPoolShape s, const Tensor& x, const Tensor& weight,
                 bool mirrored, const float* bias, const Outputs& out, const Direct& direct) {
+  s.across = goes_across(kernel, s);
   std::vector<uint8_t> not_finite(s.batch);
   const int64_t units = kernel.units(s), panels = kernel.output_panels(s);
   constexpr double kReadsWeights = 0.5;

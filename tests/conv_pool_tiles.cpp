@@ -32,7 +32,7 @@ static float get(Half value) {
   return wide;
 }
 
-static int64_t checks = 0, failures = 0, streams = 0;
+static int64_t checks = 0, failures = 0, streams = 0, across = 0;
 
 struct Sizes {
   int64_t batch, channels, outputs;
@@ -88,29 +88,45 @@ static void run(const ConvPoolShape& s, Guard guard, bool with_bias, bool with_c
   for (T& value : weight) put(value, whole_number());
   for (float& value : bias) value = whole_number();
   const int64_t count = s.batch * s.outputs * s.windows(), panels = tiles_output_panels(s);
-  Guarded<T> y(count, guard);
-  Guarded<uint8_t> codes(count, guard), flags(s.batch, guard);
+  Guarded<T> y(count, guard), again(count, guard);
+  Guarded<uint8_t> codes(count, guard), codes_again(count, guard), flags(s.batch, guard);
   Guarded<float> packed(tiles_packed_size<P>(s), guard);
   tiles_pack<P, T>(s, weight.data(), mirrored, packed.data(), 0, panels);
-  Guarded<char> scratch(round_up(tiles_scratch_bytes<P>(s), 64), guard);
-  const int64_t units = tiles_units<P>(s), half = units / 2;
-  const auto run_units = [&](int64_t begin, int64_t end) {
-    run_tiles<P, T>(s, x.data(), packed.data(), with_bias ? bias.data() : nullptr, y.data(),
-                    with_codes ? codes.data() : nullptr, nullptr, flags.data(), scratch.data(), begin, end, 0,
-                    panels);
+  const float* const shift = with_bias ? bias.data() : nullptr;
+  uint8_t* const code = with_codes ? codes.data() : nullptr;
+  uint8_t* const code_again = with_codes ? codes_again.data() : nullptr;
+  const auto same_again = [&] {
+    failures += std::memcmp(again.data(), y.data(), count * sizeof(T)) != 0;
+    failures += with_codes && std::memcmp(codes_again.data(), codes.data(), count) != 0;
+    std::memset(again.data(), 0xff, count * sizeof(T));
+    std::memset(codes_again.data(), 0xff, count);
   };
-  run_units(0, half);
-  run_units(half, units);
-  if (streams_tiles<P>(s)) {
-    // Weights packed in passing give the same bits.
-    Guarded<T> streamed(count, guard);
-    Guarded<uint8_t> streamed_codes(count, guard);
-    stream_tiles<P, T>(s, x.data(), weight.data(), mirrored, with_bias ? bias.data() : nullptr,
-                       streamed.data(), with_codes ? streamed_codes.data() : nullptr, nullptr, flags.data(),
-                       scratch.data(), 0, panels);
+  const auto run_halves = [&](const ConvPoolShape& way, T* to, uint8_t* code_to) {
+    Guarded<char> scratch(round_up(tiles_scratch_bytes<P>(way), 64), guard);
+    const int64_t units = tiles_units<P>(way), ends[] = {0, units / 2, units};
+    for (int i = 0; i < 2; ++i)
+      run_tiles<P, T>(way, x.data(), packed.data(), shift, to, code_to, nullptr, flags.data(), scratch.data(),
+                      ends[i], ends[i + 1], 0, panels);
+  };
+  // Weights packed in passing give the same bits.
+  const auto stream = [&](const ConvPoolShape& way) {
+    if (!streams_tiles<P>(way)) return;
+    Guarded<char> scratch(round_up(tiles_scratch_bytes<P>(way), 64), guard);
+    stream_tiles<P, T>(way, x.data(), weight.data(), mirrored, shift, again.data(), code_again, nullptr,
+                       flags.data(), scratch.data(), 0, panels);
     ++streams;
-    failures += std::memcmp(streamed.data(), y.data(), count * sizeof(T)) != 0;
-    failures += with_codes && std::memcmp(streamed_codes.data(), codes.data(), count) != 0;
+    same_again();
+  };
+  run_halves(s, y.data(), code);
+  stream(s);
+  // So do images that share tiles.
+  if (tiles_fill<P>(s) < 1) {
+    ConvPoolShape together = s;
+    together.across = true;
+    run_halves(together, again.data(), code_again);
+    same_again();
+    stream(together);
+    ++across;
   }
   for (int64_t n = 0; n < s.batch; ++n) {
     failures += flags[n] != 0;
@@ -156,6 +172,10 @@ int main() {
       {1, 64, 50, {6, 7}, {3, 3}, one, one, one, two, two, none},
       {3, 96, 21, {5, 4}, {1, 2}, two, none, one, one, one, none},
       {2, 32, 33, {7, 9}, {3, 2}, one, one, two, one, one, none},
+      {17, 32, 34, {4, 4}, {3, 3}, one, one, one, one, one, none},
+      {33, 32, 17, {5, 3}, {3, 2}, one, {2, 1}, one, two, two, none},
+      {16, 32, 3, {6, 7}, {3, 3}, two, one, two, {3, 2}, two, one},
+      {3, 64, 5, {5, 6}, {1, 1}, {1, 2}, none, one, one, one, none},
   };
   for (const Sizes& sizes : all)
     for (int choice = 0; choice < 8; ++choice) {
@@ -167,5 +187,5 @@ int main() {
     }
   std::printf("%d-byte vectors: %ld checks, %ld failures\n", kVectorBytes, static_cast<long>(checks),
               static_cast<long>(failures));
-  return failures > 0 || streams == 0;
+  return failures > 0 || streams == 0 || across == 0;
 }

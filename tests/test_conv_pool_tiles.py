@@ -133,6 +133,60 @@ def test_batch_position_and_repetition_change_nothing(compiled, dtype):
             assert torch.equal(together[i : i + 1], ours(**tensors | {"input": tensors["input"][i : i + 1]}))
 
 
+# ---- many images of small maps ----
+
+# (c, h, w, k, kernel), options
+SMALL_MAPS = {
+    "4x4": ((64, 4, 4, 48, 3), {"padding": 1, "pool": "none"}),
+    "7x7, pool": ((96, 7, 7, 33, 3), {"padding": 1}),
+    "7x7, gelu": ((32, 7, 7, 64, 3), {"padding": 1, "activation": "gelu"}),
+    "9x9, unpadded": ((64, 9, 9, 64, 3), {"pool": "none", "activation": "none"}),
+    "stride 2": ((64, 9, 8, 40, 3), {"stride": 2, "padding": 1, "pool": "none"}),
+    "dilated": ((32, 5, 6, 20, 3), {"dilation": 2, "padding": 2, "pool_size": 2, "pool_stride": 1}),
+    "2x2": ((256, 2, 2, 64, 3), {"padding": 1, "pool": "none"}),
+    "1x1": ((256, 1, 1, 64, 3), {"padding": 1, "pool": "none"}),
+    "more padding than kernel": ((64, 3, 3, 32, 2), {"padding": 3, "pool": "none"}),
+}
+
+
+def check_alone(ours, tensors):
+    """Each image alone gives the bits that it has in the batch; returns the outputs of the batch."""
+    together = ours(**tensors)
+    integers = torch.int32 if together.dtype == torch.float32 else torch.int16
+    for i, y in enumerate(together):
+        alone = ours(**tensors | {"input": tensors["input"][i : i + 1]})
+        assert torch.equal(alone[0].view(integers), y.view(integers))
+    return together
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SMALL_MAPS)
+def test_small_maps_of_many_images(compiled, name, dtype, layout):
+    """Where images share tiles, what meets padding is left out: no bit tells."""
+    shape, options = SMALL_MAPS[name]
+    ours, stock = functions(**options)
+    tensors = tensors_of((35, *shape), layout, dtype)
+    tensors["input"][3] = 0
+    tensors["bias"][:2] = torch.tensor([-0.0, 0.0])
+    y = check_alone(ours, tensors)
+    check_error("output", y, stock(**tensors), stock(**{k: v.double() for k, v in tensors.items()}))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
+@pytest.mark.parametrize("tap", [0, 1, -1])
+@pytest.mark.parametrize("name", ["4x4", "2x2", "1x1", "more padding than kernel"])
+def test_weights_without_parts_in_small_maps(compiled, name, tap, value):
+    """A weight that some pixels, or all, would multiply by padding."""
+    shape, options = SMALL_MAPS[name]
+    ours, _ = functions(**options)
+    tensors = tensors_of((16, *shape))
+    tensors["weight"][1, 2].view(-1)[tap] = value
+    check_alone(ours, tensors)
+
+
 # ---- bfloat16 ----
 
 FEW_CHANNELS = {

@@ -96,6 +96,14 @@ CNNRNN_INLINE void tile_multiply() {
 
 #endif
 
+// A store now and then keeps the way out of the registers awake: after some 130 products without one the next
+// takes 240 ns longer, as much as 50 products (measured on one processor). Any tile will do.
+template <int t>
+CNNRNN_INLINE void tiles_stay_awake() {
+  alignas(64) char row[kTileBytes];
+  tile_store<t>(row, 0);
+}
+
 // The registers, held from construction to destruction.
 struct TileSession {
   TileSession() { tiles_begin(); }

@@ -35,7 +35,8 @@ struct ConvPoolShape {
   // to what the pool leaves. keyed: the pool compares activated values, for those that fall somewhere.
   bool relu, keyed;
   int activation = kNoActivation;
-  bool channels_last;  // of x, y, code and their gradients
+  bool channels_last;   // of x, y, code and their gradients
+  bool across = false;  // see PanelForward::fill
 
   int64_t group_channels() const { return channels / groups; }
   int64_t group_outputs() const { return outputs / groups; }
@@ -111,7 +112,12 @@ struct PanelForward {
   void (*stream)(const ConvPoolShape&, const T* x, const T* weight, bool mirrored, const float* bias, T* y,
                  uint8_t* code, T* kept, uint8_t* not_finite, void* scratch, int64_t out_begin,
                  int64_t out_end) = nullptr;
+  // Null unless pixels of kImagesAcross images can go through the kernel together, as one unit, which
+  // s.across asks for. The part of its vectors that pixels of one image fill, 1 where images cannot go
+  // together. Both ways give the same bits.
+  double (*fill)(const ConvPoolShape&) = nullptr;
 };
+constexpr int64_t kImagesAcross = 16;
 
 // Winograd's F(ExE, 3x3): float, 3x3 kernels, stride, dilation and groups 1, windows of 1 or 2 along each
 // dimension, side by side and unpadded.

@@ -26,7 +26,7 @@ struct TilesWeightPlan {
   int64_t panels;              // of 32 columns
 
   explicit TilesWeightPlan(const ConvPoolShape& s) : input(s) {
-    input.row = round_up(input.in_cols * s.channels, kTileDepth) + 2 * kTileDepth;
+    input.row = round_up(input.row, kTileDepth) + 2 * kTileDepth;
     input.part = (s.input.h + 2 * s.padding.h) * input.row;
     image = kGradParts * input.part;
     steps = ceil_div(s.batch * s.conv.h * s.conv.w, kTileDepth);
@@ -184,8 +184,7 @@ inline int64_t weight_panels_together(const TilesWeightPlan& plan) {
 }
 inline int64_t tiles_weight_scratch_bytes(const ConvPoolShape& s) {
   const TilesWeightPlan plan(s);
-  return carved_bytes(plan.panels, sizeof(int64_t)) +
-         carved_bytes(kGatherSteps * kTileDepth, sizeof(int64_t)) +
+  return carved_bytes(plan.panels, sizeof(Step)) + carved_bytes(kGatherSteps * kTileDepth, sizeof(int64_t)) +
          carved_bytes(kGatherSteps * kTilePanel * kStepHalves, sizeof(Half)) +
          carved_bytes(weight_panels_together(plan) * plan.panel_size(), 4) +
          carved_bytes(kPanelOutputs * kColumns, 4);
@@ -201,7 +200,7 @@ inline bool tiles_weight(const ConvPoolShape& s, const void* input, const void* 
   const int64_t k_begin = out_begin * kTileSide, k_end = smaller(out_end * kTileSide, s.outputs);
   const int64_t together = weight_panels_together(plan), of_panel = plan.panel_size();
   char* scratch = static_cast<char*>(memory);
-  int64_t* at = carve<int64_t>(scratch, plan.panels);
+  Step* at = carve<Step>(scratch, plan.panels);
   int64_t* offsets = carve<int64_t>(scratch, kGatherSteps * kTileDepth);
   Half* gathered = carve<Half>(scratch, kGatherSteps * kTilePanel * kStepHalves);
   float* of_block = carve<float>(scratch, together * of_panel);
@@ -219,7 +218,7 @@ inline bool tiles_weight(const ConvPoolShape& s, const void* input, const void* 
       const bool add = step > 0 || !part.first;
       pixel_offsets(s, plan, p, smaller(steps * kTileDepth, pixels - p), offsets);
       for (int64_t panel = block; panel < next; ++panel) {
-        gather_columns(x + at[panel], plan.input.part, offsets, steps, gathered);
+        gather_columns(x + at[panel].a, plan.input.part, offsets, steps, gathered);
         for (int64_t tile = out_begin; tile < out_end; tile += 2) {
           const int64_t rows = smaller(2, ceil_div(s.outputs, kTileSide) - tile);
           float* const to = sums + (panel - block) * of_panel + tile * kTileSide * kColumns;

@@ -9,40 +9,69 @@ namespace {
 
 constexpr int kTilePanel = 2;  // tiles of outputs that pass over the pixels together
 constexpr int64_t kPanelOutputs = kTilePanel * kTileSide;
-constexpr int64_t kStripMapBytes = 96 << 10, kStripInputBytes = 768 << 10;  // of the second-level cache
-constexpr int64_t kMostTaps = 64;                                           // of a kernel
+constexpr int64_t kStripMapBytes = 96 << 10, kStripInputBytes = 768 << 10;      // of the second-level cache
+constexpr int64_t kAcrossMapBytes = 192 << 10, kAcrossInputBytes = 2560 << 10;  // of 16 images
+constexpr int64_t kMostTaps = 64;                                               // of a kernel
 constexpr int64_t kMostSteps = 16;  // of bfloat16: so many of a panel of B stay in the first-level cache
 
 // How one call is cut up. Values under one row of the kernel make a run, or under one tap if it is dilated.
+// A unit of work is a strip of one image, or with s.across the maps of 16 images.
 template <int P>
 struct TilePlan {
   int64_t runs, depth, steps;  // of a run: values, and products of 32 of them
+  bool by_channels;            // steps go over 32 channels at all taps, then the next; else over runs
+  int64_t chunk;               // steps that pass over the pixels together
+  int64_t images;              // of a unit
   bool flat;                   // tiles go on from one row of the strip to the next
   int64_t pitch;               // pixels from one row of the map to the next
   int64_t rows, strips;        // pooled rows of a strip, strips of an image
   int64_t conv_rows;           // rows of the map that a strip needs at most
-  int64_t in_rows, in_cols;    // of its input
-  int64_t row, part;           // halves from one row of its input, or part, to the next
-  int64_t group;               // strips that share a pass over the weights
-  bool by_channels;            // steps go over 32 channels at all taps, then the next; else over runs
-  int64_t chunk;               // steps that pass over the pixels together
+  // Halves of a unit's input: all; from one row, pixel, 32 channels, part to the next; from one row of a tile
+  // of A to the next.
+  int64_t size, row, pixel, block, part, tile_row;
+  int64_t map_tile, map_row;  // floats from one tile of the map to the next, and from one row of it
+  int64_t map_size;           // of an image or strip
+  int64_t group;              // units that share a pass over the weights
 
   explicit TilePlan(const ConvPoolShape& s) {
     const bool whole_rows = s.dilation.w == 1;
+    const int64_t taps = s.kernel.h * s.kernel.w;
     runs = s.kernel.h * (whole_rows ? 1 : s.kernel.w);
     depth = s.channels * (whole_rows ? s.kernel.w : 1);
     steps = tile_steps(depth);
-    in_cols = s.input.w + 2 * s.padding.w;
-    const int64_t apart = round_up(s.conv.w, kTileSide);
-    flat = s.stride.h == 1 && s.stride.w == 1 && in_cols <= apart;
-    pitch = flat ? in_cols : apart;
-    row = in_cols * s.channels;
-    const auto conv_rows_of = [&](int64_t count) { return (count - 1) * s.step.h + s.window.h; };
+    by_channels = s.channels % kTileDepth == 0 && taps <= kMostSteps;
+    chunk = by_channels ? kMostSteps / taps * taps : kMostSteps;
+    if (s.across)
+      take_images(s);
+    else
+      take_strips(s);
+  }
+
+  // A tile is one pixel of 16 images: its values lie side by side, 32 channels after 32, and the padding is
+  // left out.
+  void take_images(const ConvPoolShape& s) {
+    images = kTileSide, flat = false, pitch = s.conv.w;
+    rows = s.pooled.h, strips = 1;
+    conv_rows = smaller(conv_rows_of(s, rows) - s.margin.h, s.conv.h);
+    tile_row = kTileDepth, part = kTileValues, pixel = P * part;
+    row = s.input.w * pixel, block = s.input.h * row;
+    size = tile_steps(s.channels) * block;
+    map_tile = kPanelOutputs, map_row = map_size = conv_rows * pitch * kPanelOutputs + kTileSide;
+    group = larger(1, smaller(kAcrossInputBytes / (size * 2), 4));
+  }
+
+  // A tile is 16 pixels of one image, padded, channels innermost.
+  void take_strips(const ConvPoolShape& s) {
+    images = 1;
+    const int64_t columns = s.input.w + 2 * s.padding.w, apart = round_up(s.conv.w, kTileSide);
+    flat = s.stride.h == 1 && s.stride.w == 1 && columns <= apart;
+    pitch = flat ? columns : apart;
+    pixel = s.channels, row = columns * pixel, block = kTileDepth, tile_row = s.stride.w * pixel;
     const auto in_rows_of = [&](int64_t count) {
-      return (conv_rows_of(count) - 1) * s.stride.h + (s.kernel.h - 1) * s.dilation.h + 1;
+      return (conv_rows_of(s, count) - 1) * s.stride.h + (s.kernel.h - 1) * s.dilation.h + 1;
     };
     const auto fits = [&](int64_t count) {
-      return conv_rows_of(count) * pitch * kPanelOutputs * 4 <= kStripMapBytes &&
+      return conv_rows_of(s, count) * pitch * kPanelOutputs * 4 <= kStripMapBytes &&
              in_rows_of(count) * row * P * 2 <= kStripInputBytes;
     };
     rows = 1;
@@ -50,17 +79,19 @@ struct TilePlan {
     strips = ceil_div(s.pooled.h, rows);
     rows = ceil_div(s.pooled.h, strips);  // even strips
     strips = ceil_div(s.pooled.h, rows);
-    conv_rows = conv_rows_of(rows), in_rows = in_rows_of(rows);
+    conv_rows = conv_rows_of(s, rows);
     // What tiles read beyond the last pixel, and what the last store of a row reaches.
-    part = round_up(in_rows * row + 2 * kTileSide * s.channels * s.stride.w + depth + 2 * kTileDepth, 32);
-    group = larger(1, smaller(kStripInputBytes / (P * part * 2), 4));
-    const int64_t taps = s.kernel.h * s.kernel.w;
-    by_channels = s.channels % kTileDepth == 0 && taps <= kMostSteps;
-    chunk = by_channels ? kMostSteps / taps * taps : kMostSteps;
+    part = round_up(in_rows_of(rows) * row + 2 * kTileSide * tile_row + depth + 2 * kTileDepth, 32);
+    size = P * part;
+    map_row = kPanelOutputs, map_tile = kTileSide * map_row, map_size = (tiles(conv_rows) + 1) * map_tile;
+    group = larger(1, smaller(kStripInputBytes / (size * 2), 4));
   }
 
-  int64_t tiles() const { return ceil_div(conv_rows * pitch, kTileSide); }
-  int64_t map_size() const { return (tiles() + 1) * kTileSide * kPanelOutputs; }
+  static int64_t conv_rows_of(const ConvPoolShape& s, int64_t rows) {
+    return (rows - 1) * s.step.h + s.window.h;
+  }
+  int64_t tiles(int64_t conv_rows) const { return ceil_div(conv_rows * pitch * images, kTileSide); }
+  int64_t units(const ConvPoolShape& s) const { return ceil_div(s.batch, images) * strips; }
   int64_t out_size(const ConvPoolShape& s) const { return rows * s.pooled.w * kPanelOutputs + kPanelOutputs; }
   static constexpr int64_t step_size() { return P * kTilePanel * kTileValues; }  // halves of B
   int64_t all_steps() const { return runs * steps; }

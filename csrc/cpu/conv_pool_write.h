@@ -87,16 +87,18 @@ void write_strip(const ConvPoolShape& s, const Strip& strip, T* ys, const T* cod
 template <typename Out, typename Activate>
 void write_map(const ConvPoolShape& s, const Strip& strip, const float* map, int64_t lanes, int64_t k0,
                int64_t channels, Out* y, const Activate& activate) {
-  const int64_t plane = s.windows(), width = s.pooled.w;
+  // Rows without a gap are one.
+  const int64_t plane = s.windows(), whole = strip.pitch == s.pooled.w ? strip.rows : 1;
+  const int64_t width = whole * s.pooled.w;
   const bool past = passes_cache<Out>(s.batch * s.outputs * plane);
-  for (int64_t r = strip.row; r < strip.row + strip.rows; ++r, map += strip.pitch * lanes) {
+  for (int64_t r = strip.row; r < strip.row + strip.rows; r += whole, map += strip.pitch * lanes) {
     if (s.channels_last) {
-      Out* to = y + (strip.image * plane + r * width) * s.outputs + k0;
+      Out* to = y + (strip.image * plane + r * s.pooled.w) * s.outputs + k0;
       for (int64_t x = 0; x < width; ++x, to += s.outputs)
         for (int64_t c = 0; c < channels; c += kLanes)
           store_values(to + c, activate(loadu(map + x * lanes + c)), channels - c);
     } else {
-      Out* to = y + (strip.image * s.outputs + k0) * plane + r * width;
+      Out* to = y + (strip.image * s.outputs + k0) * plane + r * s.pooled.w;
       transpose(map, width, channels, lanes, [&](int64_t k, int64_t x, vf v, int64_t count) {
         const vf value = activate(v);
         if (!past || !store_past(to + k * plane + x, value, count))

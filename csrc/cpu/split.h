@@ -346,6 +346,7 @@ CNNRNN_INLINE void multiply_tiles(const Half* a, int64_t a_rows, const Half* b, 
       static_assert(P == 1, "one part or all three");
       load_a(0), load_b(0), multiply();
     }
+    if (step % 4 == 3) tiles_stay_awake<4>();
   }
   tile_store<0>(c, c_bytes);
   if constexpr (C > 1) tile_store<1>(c + kTileSide, c_bytes);
