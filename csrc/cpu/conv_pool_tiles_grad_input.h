@@ -128,17 +128,19 @@ inline bool tiles_input(const ConvPoolShape& s, const float* weight, const void*
       const int64_t image = group * plan.group, count = smaller(plan.group, s.batch - image);
       const Half* tiles = static_cast<const Half*>(map) + group * plan.tiles * of_tile;
       __builtin_memset(images, 0, count * plan.image_size() * sizeof(float));
-      for (int64_t p = 0; p < count * plane; p += 2 * kTileSide, tiles += 2 * of_tile) {
-        const int64_t pixels = smaller(count * plane - p, 2 * kTileSide);
-        for (int64_t step = 0; step < plan.steps; step += kSumSteps)
-          for (int64_t tap = 0; tap < plan.taps; ++tap) {
-            multiply_tiles_of<kGradParts>(
-                tile_rows(pixels), tile_rows(channels), tiles + step * kStepHalves, of_tile,
-                packed + tap * plan.tap_size() + step * kTilePanel * kStepHalves, kTilePanel * kTileValues,
-                smaller(kSumSteps, plan.steps - step), sums, kPanelOutputs, false);
+      // Taps before pixels: the order of sums does not depend on how images share tiles.
+      for (int64_t step = 0; step < plan.steps; step += kSumSteps)
+        for (int64_t tap = 0; tap < plan.taps; ++tap) {
+          const Half* b = packed + tap * plan.tap_size() + step * kTilePanel * kStepHalves;
+          for (int64_t p = 0; p < count * plane; p += 2 * kTileSide) {
+            const int64_t pixels = smaller(count * plane - p, 2 * kTileSide);
+            multiply_tiles_of<kGradParts>(tile_rows(pixels), tile_rows(channels),
+                                          tiles + p / kTileSide * of_tile + step * kStepHalves, of_tile, b,
+                                          kTilePanel * kTileValues, smaller(kSumSteps, plan.steps - step),
+                                          sums, kPanelOutputs, false);
             add_rows(sums, offsets + p, pixels, images + at[tap]);
           }
-      }
+        }
       for (int64_t i = 0; i < count; ++i) {
         const Strip strip{image + i, 0, 0, s.input.h, plan.in_cols};
         const float* first =
