@@ -12,21 +12,34 @@ inline bool tiles_gradients_serve(const ConvPoolShape& s) {
   return tiles_serve(s) && s.batch > 0 && s.positions() == 1 && s.step.h == 1 && s.step.w == 1;
 }
 
+constexpr int64_t kMostTilesBytes = 4 << 20;  // of memory that is taken for one image, whatever the batch
+inline ConvPoolShape of_one_image(ConvPoolShape s) {
+  s.batch = 1;
+  return s;
+}
+
+// Whether the copy of x with its padding is not much larger than x, or small.
+inline bool tiles_copy_is_modest(const ConvPoolShape& s) {
+  const int64_t padded = (s.input.h + 2 * s.padding.h) * (s.input.w + 2 * s.padding.w);
+  return padded <= 4 * s.input.h * s.input.w ||
+         tiles()->gradients.weight_input_bytes(of_one_image(s)) < kMostTilesBytes;
+}
+
 // Whether the gradients of weight and bias are faster there than by Winograd's algorithm, whose sums are 16/9
 // of the weight: that is where they are many for the pixels (measured at 64 to 512 channels, maps of 4x4 to
 // 56x56, batches of 1 to 16).
 inline bool tiles_weight_pays(const ConvPoolShape& s) {
   const int64_t pixels = s.batch * s.conv.h * s.conv.w, channels = std::min(s.channels, s.outputs);
-  return tiles_gradients_serve(s) && (!winograd_weight_pays(s) || 16 * pixels <= channels * channels);
+  return tiles_gradients_serve(s) && tiles_copy_is_modest(s) &&
+         (!winograd_weight_pays(s) || 16 * pixels <= channels * channels);
 }
 
 // The same of x, where images of 32 channels stay in cache: on small maps Winograd's algorithm fills its
 // tiles badly (measured as above). The batch has no say, so that it changes no result.
 inline bool tiles_input_pays(const ConvPoolShape& s) {
-  constexpr int64_t kMostBytes = 4 << 20, kSmall = 49;
-  ConvPoolShape alone = s;
-  alone.batch = 1;
-  return tiles_gradients_serve(s) && tiles()->gradients.input_scratch_bytes(alone) < kMostBytes &&
+  constexpr int64_t kSmall = 49;
+  return tiles_gradients_serve(s) &&
+         tiles()->gradients.input_scratch_bytes(of_one_image(s)) < kMostTilesBytes &&
          (!winograd_input_pays(s, true) || (s.input.h + 1) / 2 * ((s.input.w + 1) / 2) <= kSmall);
 }
 
@@ -102,7 +115,7 @@ inline bool run_tiles_weight(const ConvPoolShape& s, const OutputGradient& whole
     const ConvPoolShape part = parts[i];
     const OutputGradient grad = whole.from_image(s, parts.first(i));
     const float* images = data<float>(x) + parts.first(i) * of_image;
-    in_slices(x, part.batch, 0, [&](int64_t, int64_t begin, int64_t end, char*) {
+    in_slices(x, weights ? part.batch : 0, 0, [&](int64_t, int64_t begin, int64_t end, char*) {
       kernel.weight_part_input(part, images, input, begin, end);
     });
     in_slices(x, out_tiles, 0, [&](int64_t, int64_t begin, int64_t end, char*) {

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "conv_pool_shapes.h"
 #include "guarded.h"
 
 #define CNNRNN_ISA tested
@@ -20,12 +21,6 @@
 #endif
 
 constexpr int kSilu = 6;  // its row
-
-static uint32_t seed = 1;
-static float whole_number() {  // -3 to 3
-  seed = seed * 1664525u + 1013904223u;
-  return static_cast<float>((seed >> 16) % 7) - 3;
-}
 
 static ConvPoolShape shape_of(const int64_t (&sizes)[5], Pair padding, Pair window, bool ceil_mode) {
   ConvPoolShape s{};
@@ -38,15 +33,6 @@ static ConvPoolShape shape_of(const int64_t (&sizes)[5], Pair padding, Pair wind
   s.pooled = {(s.conv.h + (ceil_mode ? window.h - 1 : 0)) / window.h,
               (s.conv.w + (ceil_mode ? window.w - 1 : 0)) / window.w};
   return s;
-}
-
-static int64_t checks = 0, failures = 0;
-
-// Where (n, c, row, column) stands.
-static int64_t place(const ConvPoolShape& s, int64_t channels, Pair size, int64_t n, int64_t c, int64_t row,
-                     int64_t column) {
-  return s.channels_last ? ((n * size.h + row) * size.w + column) * channels + c
-                         : ((n * channels + c) * size.h + row) * size.w + column;
 }
 
 static float convolution(const ConvPoolShape& s, const float* x, const float* weight, int64_t n, int64_t k,

@@ -22,6 +22,7 @@ struct TilesInputPlan {
   int64_t units;             // panels of 32 channels
   int64_t group, groups;     // images that share tiles of pixels, and how many such groups there are
   int64_t tiles;             // of pixels of a group
+  int64_t block;             // pixels that meet one tap before the next
 
   explicit TilesInputPlan(const ConvPoolShape& s)
       : taps(s.kernel.h * s.kernel.w),
@@ -30,9 +31,13 @@ struct TilesInputPlan {
         in_cols(s.input.w + 2 * s.padding.w),
         units(ceil_div(s.channels, kPanelOutputs)) {
     group = smaller(ceil_div(kGroupPixels, s.conv.h * s.conv.w), larger(kGroupBytes / (image_size() * 4), 1));
+    // Where images share tiles, all of a group: each sum then goes on from tap to tap wherever its image
+    // stands. One image alone keeps its tiles in the first-level cache.
+    const bool shared = group > 1;
     group = smaller(group, s.batch);
     groups = ceil_div(s.batch, group);
     tiles = tile_rows(group * s.conv.h * s.conv.w);
+    block = (shared ? tiles : 2) * kTileSide;
   }
 
   int64_t tap_size() const { return steps * kTilePanel * kStepHalves; }
@@ -128,19 +133,19 @@ inline bool tiles_input(const ConvPoolShape& s, const float* weight, const void*
       const int64_t image = group * plan.group, count = smaller(plan.group, s.batch - image);
       const Half* tiles = static_cast<const Half*>(map) + group * plan.tiles * of_tile;
       __builtin_memset(images, 0, count * plan.image_size() * sizeof(float));
-      // Taps before pixels: the order of sums does not depend on how images share tiles.
-      for (int64_t step = 0; step < plan.steps; step += kSumSteps)
-        for (int64_t tap = 0; tap < plan.taps; ++tap) {
-          const Half* b = packed + tap * plan.tap_size() + step * kTilePanel * kStepHalves;
-          for (int64_t p = 0; p < count * plane; p += 2 * kTileSide) {
-            const int64_t pixels = smaller(count * plane - p, 2 * kTileSide);
-            multiply_tiles_of<kGradParts>(tile_rows(pixels), tile_rows(channels),
-                                          tiles + p / kTileSide * of_tile + step * kStepHalves, of_tile, b,
-                                          kTilePanel * kTileValues, smaller(kSumSteps, plan.steps - step),
-                                          sums, kPanelOutputs, false);
-            add_rows(sums, offsets + p, pixels, images + at[tap]);
-          }
-        }
+      const int64_t pixels = count * plane;
+      for (int64_t block = 0; block < pixels; block += plan.block)
+        for (int64_t step = 0; step < plan.steps; step += kSumSteps)
+          for (int64_t tap = 0; tap < plan.taps; ++tap)
+            for (int64_t p = block; p < smaller(block + plan.block, pixels); p += 2 * kTileSide) {
+              const int64_t rows = smaller(pixels - p, 2 * kTileSide);
+              multiply_tiles_of<kGradParts>(tile_rows(rows), tile_rows(channels),
+                                            tiles + p / kTileSide * of_tile + step * kStepHalves, of_tile,
+                                            packed + tap * plan.tap_size() + step * kTilePanel * kStepHalves,
+                                            kTilePanel * kTileValues, smaller(kSumSteps, plan.steps - step),
+                                            sums, kPanelOutputs, false);
+              add_rows(sums, offsets + p, rows, images + at[tap]);
+            }
       for (int64_t i = 0; i < count; ++i) {
         const Strip strip{image + i, 0, 0, s.input.h, plan.in_cols};
         const float* first =

@@ -212,25 +212,30 @@ inline bool tiles_weight(const ConvPoolShape& s, const void* input, const void* 
   bool finite = true;
   for (int64_t block = begin, next; block < end; block = next) {
     next = smaller(block + together, end);
-    float* const sums = part.kept ? part.kept + block * of_panel : of_block;
     for (int64_t step = 0; step < plan.steps; step += kGatherSteps) {
       const int64_t steps = smaller(kGatherSteps, plan.steps - step), p = step * kTileDepth;
-      const bool add = step > 0 || !part.first;
       pixel_offsets(s, plan, p, smaller(steps * kTileDepth, pixels - p), offsets);
       for (int64_t panel = block; panel < next; ++panel) {
         gather_columns(x + at[panel].a, plan.input.part, offsets, steps, gathered);
         for (int64_t tile = out_begin; tile < out_end; tile += 2) {
           const int64_t rows = smaller(2, ceil_div(s.outputs, kTileSide) - tile);
-          float* const to = sums + (panel - block) * of_panel + tile * kTileSide * kColumns;
+          float* const to = of_block + (panel - block) * of_panel + tile * kTileSide * kColumns;
           // One long sum would lose digits: each chunk's begins at nought.
           multiply_tiles_of<kGradParts>(rows, kTilePanel, grad + tile * of_tile + step * kStepHalves, of_tile,
-                                        gathered, kTilePanel * kTileValues, steps, add ? chunk : to, kColumns,
-                                        false);
-          for (int64_t i = 0; add && i < rows * kTileSide * kColumns; i += kLanes)
+                                        gathered, kTilePanel * kTileValues, steps, step > 0 ? chunk : to,
+                                        kColumns, false);
+          for (int64_t i = 0; step > 0 && i < rows * kTileSide * kColumns; i += kLanes)
             storeu(to + i, loadu(to + i) + loadu(chunk + i));
         }
       }
     }
+    // Those of each part of the batch do, too.
+    float* const sums = part.kept ? part.kept + block * of_panel : of_block;
+    for (int64_t panel = 0; part.kept && panel < (next - block) * of_panel; panel += of_panel)
+      for (int64_t i = out_begin * kTileSide * kColumns; i < out_end * kTileSide * kColumns; i += kLanes) {
+        const vf sum = loadu(of_block + panel + i);
+        storeu(sums + panel + i, part.first ? sum : loadu(sums + panel + i) + sum);
+      }
     if (part.last) finite &= write_panels(s, plan, block, next, k_begin, k_end, sums, grad_weight);
   }
   return finite;

@@ -141,7 +141,7 @@ template <typename T>
 CNNRNN_INLINE void stage_weights(const T* from, int64_t of_output, int64_t of_channel, int64_t outputs,
                                  int64_t channels, int64_t taps, float (*staged)[kTileSide]) {
   // Of one output, weights of all channels lie side by side, unless it is outputs that do within a channel.
-  const bool whole = of_channel == taps;
+  const bool whole = of_channel == taps && of_output != 1;
   const int64_t run = whole ? channels * taps : taps, runs = whole ? 1 : channels;
   for (int64_t r = 0; r < runs; ++r, from += of_channel, staged += run)
     for (int64_t f = 0; f < run; f += kLanes) {
