@@ -12,7 +12,7 @@ inline bool tiles_gradients_serve(const ConvPoolShape& s) {
   return tiles_serve(s) && s.batch > 0 && s.positions() == 1 && s.step.h == 1 && s.step.w == 1;
 }
 
-constexpr int64_t kMostTilesBytes = 4 << 20;  // of memory that is taken for one image, whatever the batch
+constexpr int64_t kMostTilesBytes = 32 << 20;  // of memory that is taken for one image, whatever the batch
 inline ConvPoolShape of_one_image(ConvPoolShape s) {
   s.batch = 1;
   return s;
@@ -104,7 +104,10 @@ inline bool run_tiles_weight(const ConvPoolShape& s, const OutputGradient& whole
   const int64_t input_bytes = kernel.weight_input_bytes(largest);
   const Tensor parted =
       empty_like_of(x, {input_bytes + kernel.weight_map_bytes(largest) + 64}, ScalarType::Byte);
-  const Tensor sums = empty_like_of(x, {parts.count > 1 ? kernel.weight_sums(s) : 0});
+  constexpr int64_t kLongSum = 256;  // of steps of 32 pixels: one longer sum would lose digits
+  const auto steps_of = [](const ConvPoolShape& t) { return (t.batch * t.conv.h * t.conv.w + 31) / 32; };
+  const bool in_parts = parts.count > 1 || steps_of(s) > kLongSum;
+  const Tensor sums = empty_like_of(x, {in_parts ? kernel.weight_sums(s) : 0});
   char *const input = aligned(parted.mutable_data_ptr()), *const map = input + input_bytes;
   const int64_t out_tiles = (s.outputs + 15) / 16, of_image = s.channels * s.input.h * s.input.w;
   float* const weights = grad_weight ? mutable_data<float>(*grad_weight) : nullptr;
@@ -122,14 +125,18 @@ inline bool run_tiles_weight(const ConvPoolShape& s, const OutputGradient& whole
       kernel.weight_part_map(part, grad.grad_y, grad.code, map, bias, begin, end);
     });
     if (!weights) continue;
-    const TilesGradients::Part place{i == 0, i + 1 == parts.count,
-                                     parts.count > 1 ? mutable_data<float>(sums) : nullptr};
-    in_grid(x, kernel.weight_panels(s), (out_tiles + 1) / 2, kernel.weight_scratch_bytes(part),
-            [&](int64_t begin, int64_t end, int64_t from, int64_t to, char* scratch) {
-              if (!kernel.weight(part, input, map, place, weights, scratch, begin, end, 2 * from,
-                                 std::min(2 * to, out_tiles)))
-                finite = false;
-            });
+    const int64_t steps = steps_of(part);
+    for (int64_t step = 0; step < steps; step += kLongSum) {
+      const int64_t next = std::min(step + kLongSum, steps);
+      const TilesGradients::Part place{i == 0 && step == 0, i + 1 == parts.count && next == steps,
+                                       in_parts ? mutable_data<float>(sums) : nullptr, step, next};
+      in_grid(x, kernel.weight_panels(s), (out_tiles + 1) / 2, kernel.weight_scratch_bytes(part),
+              [&](int64_t begin, int64_t end, int64_t from, int64_t to, char* scratch) {
+                if (!kernel.weight(part, input, map, place, weights, scratch, begin, end, 2 * from,
+                                   std::min(2 * to, out_tiles)))
+                  finite = false;
+              });
+    }
   }
   return finite;
 }

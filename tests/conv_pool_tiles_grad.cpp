@@ -120,11 +120,16 @@ static bool weight_gradient(const ConvPoolShape& s, Operands& of, int64_t parts,
     in_pieces(tiles, 2, 1, [&](int64_t begin, int64_t end) {
       tiles_weight_part_map(part, of.grad.data() + at, code, map.data(), grad_bias, begin, end);
     });
-    const BatchPart place{first == 0, first + part.batch == s.batch, parts > 1 ? kept.data() : nullptr};
-    in_pieces(tiles, pieces, 2, [&](int64_t out_begin, int64_t out_end) {
-      in_pieces(panels, pieces, 1, [&](int64_t begin, int64_t end) {
-        finite &= tiles_weight(part, input.data(), map.data(), place, grad_weight.data(), scratch.data(),
-                               begin, end, out_begin, out_end);
+    const bool last = first + part.batch == s.batch;
+    const int64_t steps = tile_steps(part.batch * s.conv.h * s.conv.w);
+    in_pieces(steps, parts > 1 ? 2 : 1, 1, [&](int64_t step, int64_t next) {
+      const BatchPart place{first == 0 && step == 0, last && next == steps, parts > 1 ? kept.data() : nullptr,
+                            step, next};
+      in_pieces(tiles, pieces, 2, [&](int64_t out_begin, int64_t out_end) {
+        in_pieces(panels, pieces, 1, [&](int64_t begin, int64_t end) {
+          finite &= tiles_weight(part, input.data(), map.data(), place, grad_weight.data(), scratch.data(),
+                                 begin, end, out_begin, out_end);
+        });
       });
     });
   });

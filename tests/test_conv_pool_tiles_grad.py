@@ -104,9 +104,9 @@ def test_error(on_tiles, name, activation, layout):
     compare(*functions(activation=activation, **options), tensors_of(shape, layout), on_tiles, OPS)
 
 
-def test_error_of_long_sums(on_tiles):
+@pytest.mark.parametrize("shape", [(128, 32, 56, 56, 32, 1), (1, 32, 700, 700, 32, 1)], ids=str)
+def test_error_of_long_sums(on_tiles, shape):
     """Over 400,000 pixels: it does not grow as that of one long sum would."""
-    shape = (128, 32, 56, 56, 32, 1)
     compare(*functions(activation="none"), conv_tensors(*shape), on_tiles, OPS, wanted=["weight", "bias"])
 
 

@@ -158,7 +158,8 @@ struct TilesGradients {
   // [out_begin, out_end) of outputs; written with the last part.
   struct Part {
     bool first, last;
-    float* kept;  // sums from part to part, of weight_sums numbers; null for a batch in one part
+    float* kept;         // sums from part to part, of weight_sums numbers; null for one part alone
+    int64_t begin, end;  // steps of 32 pixels of this batch
   };
   int64_t (*weight_panels)(const ConvPoolShape&);
   int64_t (*weight_sums)(const ConvPoolShape&);

@@ -26,6 +26,8 @@ struct TilesWeightPlan {
   int64_t panels;              // of 32 columns
 
   explicit TilesWeightPlan(const ConvPoolShape& s) : input(s) {
+    input.by_channels =
+        s.channels % kTileDepth == 0;  // whatever the taps: weights of a channel are written together
     input.row = round_up(input.row, kTileDepth) + 2 * kTileDepth;
     input.part = (s.input.h + 2 * s.padding.h) * input.row;
     image = kGradParts * input.part;
@@ -191,7 +193,7 @@ inline int64_t tiles_weight_scratch_bytes(const ConvPoolShape& s) {
 }
 
 // Panels [begin, end) of columns, tiles [out_begin, out_end) of outputs, an even number unless they are the
-// last -> grad_weight [K, C, KH, KW], whether all of it is finite. part: of the batch, whose sums are kept.
+// last, over the steps of this part -> grad_weight [K, C, KH, KW], whether all of it is finite.
 inline bool tiles_weight(const ConvPoolShape& s, const void* input, const void* map, const BatchPart& part,
                          float* grad_weight, void* memory, int64_t begin, int64_t end, int64_t out_begin,
                          int64_t out_end) {
@@ -212,8 +214,9 @@ inline bool tiles_weight(const ConvPoolShape& s, const void* input, const void* 
   bool finite = true;
   for (int64_t block = begin, next; block < end; block = next) {
     next = smaller(block + together, end);
-    for (int64_t step = 0; step < plan.steps; step += kGatherSteps) {
-      const int64_t steps = smaller(kGatherSteps, plan.steps - step), p = step * kTileDepth;
+    for (int64_t step = part.begin; step < part.end; step += kGatherSteps) {
+      const int64_t steps = smaller(kGatherSteps, part.end - step), p = step * kTileDepth;
+      const bool add = step > part.begin;
       pixel_offsets(s, plan, p, smaller(steps * kTileDepth, pixels - p), offsets);
       for (int64_t panel = block; panel < next; ++panel) {
         gather_columns(x + at[panel].a, plan.input.part, offsets, steps, gathered);
@@ -222,14 +225,14 @@ inline bool tiles_weight(const ConvPoolShape& s, const void* input, const void* 
           float* const to = of_block + (panel - block) * of_panel + tile * kTileSide * kColumns;
           // One long sum would lose digits: each chunk's begins at nought.
           multiply_tiles_of<kGradParts>(rows, kTilePanel, grad + tile * of_tile + step * kStepHalves, of_tile,
-                                        gathered, kTilePanel * kTileValues, steps, step > 0 ? chunk : to,
-                                        kColumns, false);
-          for (int64_t i = 0; step > 0 && i < rows * kTileSide * kColumns; i += kLanes)
+                                        gathered, kTilePanel * kTileValues, steps, add ? chunk : to, kColumns,
+                                        false);
+          for (int64_t i = 0; add && i < rows * kTileSide * kColumns; i += kLanes)
             storeu(to + i, loadu(to + i) + loadu(chunk + i));
         }
       }
     }
-    // Those of each part of the batch do, too.
+    // Those of each part do, too.
     float* const sums = part.kept ? part.kept + block * of_panel : of_block;
     for (int64_t panel = 0; part.kept && panel < (next - block) * of_panel; panel += of_panel)
       for (int64_t i = out_begin * kTileSide * kColumns; i < out_end * kTileSide * kColumns; i += kLanes) {
