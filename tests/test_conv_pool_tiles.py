@@ -151,7 +151,7 @@ SMALL_MAPS = {
 
 
 def check_alone(ours, tensors):
-    """By our kernels each image alone gives the bits that it has in the batch; returns the batch's outputs."""
+    """By our kernels an image alone gives the bits that it has in the batch. Returns the batch's outputs."""
     with cx.trace() as log:
         together = ours(**tensors)
     if (
