@@ -13,8 +13,8 @@ inline bool tiles_gradients_serve(const ConvPoolShape& s) {
 }
 
 constexpr int64_t kMostTilesBytes = 32 << 20;  // of memory that is taken for one image, whatever the batch
-inline ConvPoolShape of_one_image(ConvPoolShape s) {
-  s.batch = 1;
+inline ConvPoolShape with_batch(ConvPoolShape s, int64_t batch) {
+  s.batch = batch;
   return s;
 }
 
@@ -22,7 +22,7 @@ inline ConvPoolShape of_one_image(ConvPoolShape s) {
 inline bool tiles_copy_is_modest(const ConvPoolShape& s) {
   const int64_t padded = (s.input.h + 2 * s.padding.h) * (s.input.w + 2 * s.padding.w);
   return padded <= 4 * s.input.h * s.input.w ||
-         tiles()->gradients.weight_input_bytes(of_one_image(s)) < kMostTilesBytes;
+         tiles()->gradients.weight_input_bytes(with_batch(s, 1)) < kMostTilesBytes;
 }
 
 // Whether the gradients of weight and bias are faster there than by Winograd's algorithm, whose sums are 16/9
@@ -39,7 +39,7 @@ inline bool tiles_weight_pays(const ConvPoolShape& s) {
 inline bool tiles_input_pays(const ConvPoolShape& s) {
   constexpr int64_t kSmall = 49;
   return tiles_gradients_serve(s) &&
-         tiles()->gradients.input_scratch_bytes(of_one_image(s)) < kMostTilesBytes &&
+         tiles()->gradients.input_scratch_bytes(with_batch(s, 1)) < kMostTilesBytes &&
          (!winograd_input_pays(s, true) || (s.input.h + 1) / 2 * ((s.input.w + 1) / 2) <= kSmall);
 }
 
@@ -86,13 +86,8 @@ struct BatchParts {
     count = std::max<int64_t>(1, std::min(s.batch, bytes / kMostBytes));
   }
   int64_t first(int64_t i) const { return whole.batch * i / count; }
-  ConvPoolShape of_size(int64_t batch) const {
-    ConvPoolShape s = whole;
-    s.batch = batch;
-    return s;
-  }
-  ConvPoolShape operator[](int64_t i) const { return of_size(first(i + 1) - first(i)); }
-  ConvPoolShape largest() const { return of_size((whole.batch + count - 1) / count); }
+  ConvPoolShape operator[](int64_t i) const { return with_batch(whole, first(i + 1) - first(i)); }
+  ConvPoolShape largest() const { return with_batch(whole, (whole.batch + count - 1) / count); }
 };
 
 // x in the shape's order; grad_weight and grad_bias may be null. False where the results are not finite.

@@ -230,8 +230,7 @@ void compute_tiles(const ConvPoolShape& s, const T* x, const Weights& weights, c
         }
       write_strip(s, strip, ys, codes, kPanelOutputs, k0, channels, y, code, kept);
     }
-    for (int l = 0; l < kLanes; ++l)
-      if (health[l] != 0) __atomic_store_n(not_finite + strip.image, 1, __ATOMIC_RELAXED);
+    if (!is_zero(health)) __atomic_store_n(not_finite + strip.image, 1, __ATOMIC_RELAXED);
   };
 
   // `count` units side by side in inputs, the first of them number `unit`.

@@ -158,9 +158,7 @@ inline bool tiles_input(const ConvPoolShape& s, const float* weight, const void*
     }
   }
   stores_past_done();
-  for (int l = 0; l < kLanes; ++l)
-    if (health[l] != 0) return false;
-  return true;
+  return is_zero(health);
 }
 
 }  // namespace

@@ -26,8 +26,8 @@ struct TilesWeightPlan {
   int64_t panels;              // of 32 columns
 
   explicit TilesWeightPlan(const ConvPoolShape& s) : input(s) {
-    input.by_channels =
-        s.channels % kTileDepth == 0;  // whatever the taps: weights of a channel are written together
+    // Whatever the taps: weights of a channel are written together.
+    input.by_channels = s.channels % kTileDepth == 0;
     input.row = round_up(input.row, kTileDepth) + 2 * kTileDepth;
     input.part = (s.input.h + 2 * s.padding.h) * input.row;
     image = kGradParts * input.part;
@@ -176,9 +176,7 @@ inline bool write_panels(const ConvPoolShape& s, const TilesWeightPlan& plan, in
       }
     }
   }
-  for (int l = 0; l < kLanes; ++l)
-    if (health[l] != 0) return false;
-  return true;
+  return is_zero(health);
 }
 
 inline int64_t weight_panels_together(const TilesWeightPlan& plan) {

@@ -195,9 +195,7 @@ inline bool winograd_weight_reduce(const ConvPoolShape& s, const float* partials
     for (int64_t i = 0; i < count; ++i) grad_bias[k] += partials[i * size + kGradPlaces * plan.place + k];
     sick[0] += grad_bias[k] * 0.0f;
   }
-  for (int64_t lane = 0; lane < kLanes; ++lane)
-    if (sick[lane] != 0) return false;
-  return true;
+  return is_zero(sick);
 }
 
 }  // namespace
