@@ -189,9 +189,9 @@ struct TilesGradients {
 // On tile registers, groups 1: float as three bfloat16 parts, directly and by Winograd's algorithm, and
 // bfloat16.
 struct ConvPoolTiles {
-  PanelForward<float> f32;
+  PanelForward<float> f32, columns;
   PanelForward<float> winograd_of_2, winograd_of_4;
-  PanelForward<uint16_t> bf16;
+  PanelForward<uint16_t> bf16, columns_bf16;
   TilesGradients gradients;
 };
 extern const ConvPoolTiles conv_pool_amx;

@@ -25,10 +25,14 @@ T* carve(char*& scratch, int64_t count) {
 inline int64_t carved_bytes(int64_t count, int64_t size) { return round_up(count * size, 64); }
 
 // Whether all of it is 0. Sums of values times 0 tell so whether the values are finite.
-inline bool is_zero(vf v) {
+CNNRNN_INLINE bool is_zero(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, vf{}, _CMP_NEQ_UQ) == 0;
+#else
   for (int l = 0; l < kLanes; ++l)
     if (v[l] != 0) return false;
   return true;
+#endif
 }
 
 }  // namespace
