@@ -37,8 +37,7 @@ void run_direct(const ConvPoolShape& s, const Tensor& x, const Tensor& weight, c
 
 // What computes a call in float32; null: the direct kernels.
 const PanelForward<float>* panel_kernel(const ConvPoolShape& s, bool high) {
-  if (!winograd_pays(s))
-    return columns_pay(s) ? &tiles()->columns : tiles_pay(s) ? &tiles()->f32 : nullptr;
+  if (!winograd_pays(s)) return columns_pay(s) ? &tiles()->columns : tiles_pay(s) ? &tiles()->f32 : nullptr;
   const bool coarse = high && coarse_winograd_pays(s);
   if (!coarse && too_small_for_winograd(s) && tiles_serve(s)) return &tiles()->f32;
   if (tiles()) return coarse ? &tiles()->winograd_of_4 : &tiles()->winograd_of_2;

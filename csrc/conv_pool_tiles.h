@@ -42,15 +42,15 @@ inline bool tiles_pay(const ConvPoolShape& s) {
   return kMargin * cycles < static_cast<double>(s.kernel.h * s.kernel.w * s.channels) / 2 * of_vectors;
 }
 
-// Whether the kernels whose pixels are columns of tiles cover a call and are faster than the direct ones: where
-// channels are few and pixels many, and both fill tiles (measured at 1 to 16 channels, kernels of 9 to 251 taps,
-// maps of 20 to 5325 columns; channels last they lose where codes are written).
+// Whether the kernels whose pixels are columns of tiles cover a call and are faster than the direct ones:
+// where channels are few and pixels many, and both fill tiles (measured at 1 to 16 channels, kernels of 9 to
+// 251 taps, maps of 20 to 5325 columns; channels last they lose where codes are written).
 inline bool columns_pay(const ConvPoolShape& s) {
   constexpr int64_t kMostBytes = 4 << 20, kMostChannels = 8, kMostTaps = 256, kFewestWindows = 512;
   const auto fills = [](int64_t count) { return 5 * count >= 4 * ((count + 15) / 16 * 16); };
   return tiles() && s.groups == 1 && !s.channels_last && !s.keyed && (s.dilation.h == 1 || s.kernel.h == 1) &&
-         s.channels <= kMostChannels && s.channels * s.kernel.h * s.kernel.w <= kMostTaps && s.outputs >= 32 &&
-         s.windows() >= kFewestWindows && fills(s.outputs) && fills(s.pooled.w) &&
+         s.channels <= kMostChannels && s.channels * s.kernel.h * s.kernel.w <= kMostTaps &&
+         s.outputs >= 32 && s.windows() >= kFewestWindows && fills(s.outputs) && fills(s.pooled.w) &&
          tiles()->columns.scratch_bytes(s) < kMostBytes;
 }
 

@@ -2,8 +2,8 @@
 // pools, margins, layouts, strips and panels, codes and all.
 //
 // test_conv_pool_columns.py compiles it with the registers in plain loops (CNNRNN_EMULATE_AMX) and vectors of
-// 512 bits in narrower instructions (CNNRNN_EMULATE_512). The numbers are small and whole, so that results must
-// be equal, ties included. Prints what differs; exits with 1 if anything does.
+// 512 bits in narrower instructions (CNNRNN_EMULATE_512). The numbers are small and whole, so that results
+// must be equal, ties included. Prints what differs; exits with 1 if anything does.
 
 #include "conv_pool_columns.h"
 
@@ -22,8 +22,8 @@ static void run(const ConvPoolShape& s, Guard guard, bool with_bias, bool with_c
   Guarded<char> scratch(round_up(columns_scratch_bytes<P>(s), 64), guard);
   const int64_t units = columns_units<P>(s), ends[] = {0, units / 2, units};
   for (int i = 0; i < 2; ++i)
-    run_columns<P, T>(s, of.x.data(), packed.data(), bias, y.data(), code, nullptr, flags.data(), scratch.data(),
-                      ends[i], ends[i + 1], 0, panels);
+    run_columns<P, T>(s, of.x.data(), packed.data(), bias, y.data(), code, nullptr, flags.data(),
+                      scratch.data(), ends[i], ends[i + 1], 0, panels);
   for (uint8_t flag : flags) failures += flag != 0;
   check_outputs(s, of, bias, false, y.data(), code);
 }

@@ -58,8 +58,8 @@ struct Operands {
 
 // Counts the outputs, and those that differ. bias and codes may be null.
 template <typename T>
-static void check_outputs(const ConvPoolShape& s, Operands<T>& of, const float* bias, bool mirrored, const T* y,
-                          const uint8_t* codes) {
+static void check_outputs(const ConvPoolShape& s, Operands<T>& of, const float* bias, bool mirrored,
+                          const T* y, const uint8_t* codes) {
   for (int64_t n = 0; n < s.batch; ++n)
     for (int64_t k = 0; k < s.outputs; ++k)
       for (int64_t i = 0; i < s.windows(); ++i) {
@@ -83,9 +83,9 @@ static void check_outputs(const ConvPoolShape& s, Operands<T>& of, const float* 
         ++checks;
         if (!right && ++failures < 20)
           std::printf("%d bytes, C %ld K %ld, image %ld, output %ld, window %ld: %g (%d), expected %g (%d)\n",
-                      static_cast<int>(sizeof(T)), static_cast<long>(s.channels), static_cast<long>(s.outputs),
-                      static_cast<long>(n), static_cast<long>(k), static_cast<long>(i), get(y[at]),
-                      codes ? codes[at] : -1, best, code);
+                      static_cast<int>(sizeof(T)), static_cast<long>(s.channels),
+                      static_cast<long>(s.outputs), static_cast<long>(n), static_cast<long>(k),
+                      static_cast<long>(i), get(y[at]), codes ? codes[at] : -1, best, code);
       }
 }
 

@@ -32,8 +32,8 @@ static void run(const ConvPoolShape& s, Guard guard, bool with_bias, bool with_c
     Guarded<char> scratch(round_up(tiles_scratch_bytes<P>(way), 64), guard);
     const int64_t units = tiles_units<P>(way), ends[] = {0, units / 2, units};
     for (int i = 0; i < 2; ++i)
-      run_tiles<P, T>(way, of.x.data(), packed.data(), shift, to, code_to, nullptr, flags.data(), scratch.data(),
-                      ends[i], ends[i + 1], 0, panels);
+      run_tiles<P, T>(way, of.x.data(), packed.data(), shift, to, code_to, nullptr, flags.data(),
+                      scratch.data(), ends[i], ends[i + 1], 0, panels);
   };
   // Weights packed in passing give the same bits.
   const auto stream = [&](const ConvPoolShape& way) {

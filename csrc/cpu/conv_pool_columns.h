@@ -1,15 +1,15 @@
-// conv_pool forward on tile registers where an output sums few values (first layers, large strides): outputs x
-// values under the kernel x pixels. float32 by three bfloat16 parts, bfloat16 by one (split.h).
+// conv_pool forward on tile registers where an output sums few values (first layers, large strides): outputs
+// x values under the kernel x pixels. float32 by three bfloat16 parts, bfloat16 by one (split.h).
 //
-// A strip of pooled rows has its input copied once, parted and padded: each row as 16 pixels side by side under
-// two taps of the kernel, whatever stride and pool, which is a row of a tile of B. Rows of the kernel follow
-// each other as rows of the input do, so that all rows of the map read the same copy. Products come out as rows
-// of pixels: windows side by side are pooled vector by vector, and wait in cache until rows of an NCHW map are
-// written.
+// A strip of pooled rows has its input copied once, parted and padded: each row as 16 pixels side by side
+// under two taps of the kernel, whatever stride and pool, which is a row of a tile of B. Rows of the kernel
+// follow each other as rows of the input do, so that all rows of the map read the same copy. Products come
+// out as rows of pixels: windows side by side are pooled vector by vector, and wait in cache until rows of an
+// NCHW map are written.
 //
-// Tile registers work beside the vector units, but no further ahead of them than the processor looks. So a block
-// of the map is pooled little by little between the products of the next, and a strip written between those of
-// the next strip.
+// Tile registers work beside the vector units, but no further ahead of them than the processor looks. So a
+// block of the map is pooled little by little between the products of the next, and a strip written between
+// those of the next strip.
 //
 // What is not finite does not part, and shows as NaN: the host computes such images again by another kernel.
 #pragma once
@@ -56,9 +56,9 @@ int64_t columns_scratch_bytes(const ConvPoolShape& s) {
   return ColumnsMemory<P>(s, ColumnsPlan<P>(s), nullptr).bytes;
 }
 
-// c = shift + a b over all products, of R x C tiles: outputs, pixels. Those of A begin at a and a_next; of B each
-// product tells its place, from b and b_next on. Sums go to c[outputs][pixels], rows c_bytes apart. Calls
-// between() after each product.
+// c = shift + a b over all products, of R x C tiles: outputs, pixels. Those of A begin at a and a_next; of B
+// each product tells its place, from b and b_next on. Sums go to c[outputs][pixels], rows c_bytes apart.
+// Calls between() after each product.
 template <int R, int C, typename Between>
 void multiply_columns(const Half* a, const Half* a_next, const Half* b, const Half* b_next,
                       const TileProduct* products, int64_t count, const float* shift, float* const (&c)[2][2],
@@ -146,15 +146,15 @@ struct ColumnsRun {
   };
 
   template <typename Between>
-  void multiply(const Pixels (&at)[2], int64_t count, int64_t outputs, const Half* weights, const float* shift,
-                Between& between) {
+  void multiply(const Pixels (&at)[2], int64_t count, int64_t outputs, const Half* weights,
+                const float* shift, Between& between) {
     const bool two = outputs > kTileSide;
     const Pixels &first = at[0], &second = at[count - 1];
     const int64_t below = two ? kTileSide * plan.map_output : 0;
     float* const c[2][2] = {{first.map, second.map}, {first.map + below, second.map + below}};
     const auto with = [&](const auto& function) {
-      function(weights, weights + plan.tile_size(), first.b, second.b, memory.products, product_count, shift, c,
-               plan.map_output * 4, between);
+      function(weights, weights + plan.tile_size(), first.b, second.b, memory.products, product_count, shift,
+               c, plan.map_output * 4, between);
     };
     if (two && count == 2)
       with(multiply_columns<2, 2, Between>);
@@ -240,13 +240,15 @@ void run_columns_of(const ConvPoolShape& s, const T* x, const float* packed, con
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t image = unit / (plan.strips * plan.across), strip = unit % (plan.strips * plan.across);
       const int64_t row = strip / plan.across * plan.rows, column = strip % plan.across * plan.columns;
-      const int64_t rows = smaller(plan.rows, s.pooled.h - row), columns = smaller(plan.columns, s.pooled.w - column);
+      const int64_t rows = smaller(plan.rows, s.pooled.h - row),
+                    columns = smaller(plan.columns, s.pooled.w - column);
       const int64_t top = (row * s.step.h - s.margin.h) * s.stride.h - s.padding.h;
       const int64_t left = (column * s.step.w - s.margin.w) * s.stride.w - s.padding.w;
       for (int64_t i = 0; i < plan.in_rows; ++i)
         input.fill_row(x + image * s.channels * s.input.h * s.input.w, top + i, left, i, memory.b);
       for (int64_t k = 0; k < outputs; k += kColumnsOutputs)
-        run.compute({image, row, rows, column, columns, k0 + k, smaller(outputs - k, kColumnsOutputs), nullptr, nullptr},
+        run.compute({image, row, rows, column, columns, k0 + k, smaller(outputs - k, kColumnsOutputs),
+                     nullptr, nullptr},
                     reinterpret_cast<const Half*>(packed) + (k0 + k) / kTileSide * plan.tile_size(),
                     memory.shift + k * kTileSide);
     }
@@ -267,7 +269,8 @@ template <int P, typename T>
 void run_columns(const ConvPoolShape& s, const T* x, const float* packed, const float* bias, T* y,
                  uint8_t* code, T* kept, uint8_t* not_finite, void* scratch, int64_t begin, int64_t end,
                  int64_t out_begin, int64_t out_end) {
-  const auto run = code ? run_columns_with<P, T, true>(s.positions()) : run_columns_with<P, T, false>(s.positions());
+  const auto run =
+      code ? run_columns_with<P, T, true>(s.positions()) : run_columns_with<P, T, false>(s.positions());
   run(s, x, packed, bias, y, code, kept, not_finite, scratch, begin, end, out_begin, out_end);
 }
 

@@ -9,7 +9,9 @@ namespace {
 // Values at[0], at[step], ...
 CNNRNN_INLINE vf load_apart(const float* at, int64_t step) {
   if (step == 1) return loadu(at);
-  const auto of_two = [&](const float* from) { return every_other<float, 0>(loadu(from), loadu(from + kLanes)); };
+  const auto of_two = [&](const float* from) {
+    return every_other<float, 0>(loadu(from), loadu(from + kLanes));
+  };
   if (step == 2) return of_two(at);
   if (step == 4) return every_other<float, 0>(of_two(at), of_two(at + 2 * kLanes));
   vf v{};

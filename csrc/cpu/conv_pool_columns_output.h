@@ -6,8 +6,8 @@
 
 namespace {
 
-// Outputs [first, first + outputs) of a strip of windows, and where its pooled values stay until they are written:
-// [outputs][plan.windows].
+// Outputs [first, first + outputs) of a strip of windows, and where its pooled values stay until they are
+// written: [outputs][plan.windows].
 struct ColumnsStrip {
   int64_t image, row, rows, column, columns;  // windows
   int64_t first, outputs;
@@ -39,8 +39,8 @@ void fill_border(const ConvPoolShape& s, const ColumnsPlan<P>& plan, const Colum
     }
 }
 
-// Pools blocks of a map, little by little: 16 windows side by side of kOutputs outputs at a time. Q: positions
-// of a window, 0: any number.
+// Pools blocks of a map, little by little: 16 windows side by side of kOutputs outputs at a time. Q:
+// positions of a window, 0: any number.
 template <int P, int Q, bool kCodes>
 struct ColumnsPool {
   static constexpr int64_t kOutputs = 4;
@@ -57,9 +57,11 @@ struct ColumnsPool {
   int64_t to = 0, width = 0;  // of the tile: where its windows begin, how many they are
   vf health{};
 
-  static int64_t pieces(const ColumnsStrip& of, int64_t tiles) { return ceil_div(of.outputs, kOutputs) * tiles; }
-  // Not inlined, for numbers are then stored as they are loaded: one load of two would wait for both stores, and
-  // so for all products before them.
+  static int64_t pieces(const ColumnsStrip& of, int64_t tiles) {
+    return ceil_div(of.outputs, kOutputs) * tiles;
+  }
+  // Not inlined, for numbers are then stored as they are loaded: one load of two would wait for both stores,
+  // and so for all products before them.
   CNNRNN_APART void start(const ColumnsStrip* of, const float* block, int64_t first_row, int64_t last_row,
                           int64_t first_tile, int64_t last_tile) {
     strip = of, map = block, top = row = first_row, bottom = last_row, left = tile = first_tile,
@@ -151,7 +153,12 @@ struct ColumnsWrite {
   bool past;
 
   ColumnsWrite(const ConvPoolShape& s, const ColumnsPlan<P>& plan, Out* y, uint8_t* code, Out* kept)
-      : s(s), plan(plan), y(y), code(code), kept(kept), past(passes_cache<Out>(s.batch * s.outputs * s.windows())) {}
+      : s(s),
+        plan(plan),
+        y(y),
+        code(code),
+        kept(kept),
+        past(passes_cache<Out>(s.batch * s.outputs * s.windows())) {}
 
   static int64_t pieces(const ConvPoolShape& s, const ColumnsStrip& of) {
     const int64_t windows = of.rows * of.columns;
@@ -191,10 +198,12 @@ struct ColumnsWrite {
     for (; i < count; i += kLanes) store_values(to + i, loadu(values + i), count - i);
   }
   CNNRNN_APART void write_turned() {
-    const int64_t count = smaller(kTileSide, windows - next), outputs = smaller(kTileSide, strip->outputs - output);
+    const int64_t count = smaller(kTileSide, windows - next),
+                  outputs = smaller(kTileSide, strip->outputs - output);
     const int64_t at = output * plan.windows + next;
-    const int64_t to = (strip->image * s.windows() + strip->row * s.pooled.w + strip->column + next) * s.outputs +
-                       strip->first + output;
+    const int64_t to =
+        (strip->image * s.windows() + strip->row * s.pooled.w + strip->column + next) * s.outputs +
+        strip->first + output;
     typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
     alignas(64) float values[kTileSide * kTileSide];
     vf block[kTileSide];
@@ -207,7 +216,8 @@ struct ColumnsWrite {
          [&](int i, vf v) { storeu(values + i * kTileSide, v); });
     const auto store = [&](Out* out) {
       for (int64_t i = 0; i < count; ++i)
-        if (const vf v = loadu(values + i * kTileSide); !past || !store_past(out + to + i * s.outputs, v, outputs))
+        if (const vf v = loadu(values + i * kTileSide);
+            !past || !store_past(out + to + i * s.outputs, v, outputs))
           store_values(out + to + i * s.outputs, v, outputs);
     };
     if (kept) store(kept);

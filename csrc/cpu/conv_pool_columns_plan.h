@@ -6,21 +6,21 @@
 
 namespace {
 
-constexpr int64_t kColumnsPanel = 8;          // tiles of outputs that share the pixels' copies
+constexpr int64_t kColumnsPanel = 8;                // tiles of outputs that share the pixels' copies
 constexpr int64_t kColumnsOutputs = 2 * kTileSide;  // that share a map
-constexpr int64_t kColumnsBytes = 288 << 10;  // of a strip: its input, its map, its windows
-constexpr int64_t kBlockTiles = 4;            // tiles of pixels of a block, where it is not a strip
-constexpr int64_t kMostColumnsSteps = 16;     // of one sum: a longer one would lose digits
+constexpr int64_t kColumnsBytes = 448 << 10;        // of a strip: its input, its map, its windows
+constexpr int64_t kBlockTiles = 4;                  // tiles of pixels of a block, where it is not a strip
+constexpr int64_t kMostColumnsSteps = 16;           // of one sum: a longer one would lose digits
 
 // A product of tiles: of those of A and B that a tile of outputs and one of pixels have; -1: the one before.
 struct TileProduct {
   int32_t a, b;
 };
 
-// How one call is cut up. Rows and columns of the map fall into the phases of the pool's step: a tile of pixels
-// is 16 of one row and one phase, those at one position of windows side by side. What they meet at a tap lies
-// side by side too, once the columns of the input are taken apart modulo step x stride. Padding and the pool's
-// margin are stored as zeros.
+// How one call is cut up. Rows and columns of the map fall into the phases of the pool's step: a tile of
+// pixels is 16 of one row and one phase, those at one position of windows side by side. What they meet at a
+// tap lies side by side too, once the columns of the input are taken apart modulo step x stride. Padding and
+// the pool's margin are stored as zeros.
 template <int P>
 struct ColumnsPlan {
   // A column of B: values under a row of the kernel, two by two, row after row. stacked: parts of a value are
@@ -29,20 +29,20 @@ struct ColumnsPlan {
   int64_t planes, entries, pairs;  // pairs: of entries, of a row
   int64_t steps;                   // tiles of a plane under the kernel
   int64_t modulus;
-  Pair phases, reach;             // reach: of a window, in windows, beyond its own step
-  int64_t of_row;                 // tiles of a row of one phase of a strip
-  int64_t in_width, in_count;     // of a row of the input modulo `modulus`: its pitch, and what of it is filled
-  bool bordered;                  // some window hangs over the map
-  bool apart;                     // no window does, nor shares pixels with another
-  int64_t panel;                  // outputs
-  int64_t rows, strips;           // pooled rows of a strip, strips one below the other
-  int64_t columns, across;        // windows of a row of a strip, strips side by side: more than one of long rows
-  int64_t map_rows, conv_rows;    // of a strip: rows of a phase, rows of the map that windows cover
-  int64_t in_rows;                // of a strip
-  int64_t plane, column;          // halves of B: of the pixels of a tile in all rows of a strip
-  int64_t block_rows, block_columns;         // of a block of the map, of each phase: rows, tiles
-  int64_t pitch, map_output, map_phase;      // of a block, in floats
-  int64_t windows;                // of a strip, and what a load reaches beyond
+  Pair phases, reach;          // reach: of a window, in windows, beyond its own step
+  int64_t of_row;              // tiles of a row of one phase of a strip
+  int64_t in_width, in_count;  // of a row of the input modulo `modulus`: its pitch, and what of it is filled
+  bool bordered;               // some window hangs over the map
+  bool apart;                  // no window does, nor shares pixels with another
+  int64_t panel;               // outputs
+  int64_t rows, strips;        // pooled rows of a strip, strips one below the other
+  int64_t columns, across;     // windows of a row of a strip, strips side by side: more than one of long rows
+  int64_t map_rows, conv_rows;           // of a strip: rows of a phase, rows of the map that windows cover
+  int64_t in_rows;                       // of a strip
+  int64_t plane, column;                 // halves of B: of the pixels of a tile in all rows of a strip
+  int64_t block_rows, block_columns;     // of a block of the map, of each phase: rows, tiles
+  int64_t pitch, map_output, map_phase;  // of a block, in floats
+  int64_t windows;                       // of a strip, and what a load reaches beyond
 
   explicit ColumnsPlan(const ConvPoolShape& s) {
     const int64_t taps = s.channels * s.kernel.w;
@@ -130,14 +130,16 @@ template <int P, typename T>
 void columns_pack(const ConvPoolShape& s, const T* weight, bool, float* packed, int64_t begin, int64_t end) {
   const ColumnsPlan<P> plan(s);
   const int64_t of_panel = plan.panel / kTileSide, depth = s.channels * s.kernel.h * s.kernel.w;
-  const int64_t taps = s.channels * s.kernel.w, last = smaller(end * of_panel, ceil_div(s.outputs, kTileSide));
+  const int64_t taps = s.channels * s.kernel.w,
+                last = smaller(end * of_panel, ceil_div(s.outputs, kTileSide));
   for (int64_t tile = begin * of_panel; tile < last; ++tile) {
     Half* const to = reinterpret_cast<Half*>(packed) + tile * plan.tile_size();
     __builtin_memset(to, 0, plan.tile_size() * sizeof(Half));
     for (int64_t k = tile * kTileSide; k < smaller((tile + 1) * kTileSide, s.outputs); ++k) {
       Half* const row = to + k % kTileSide * kTileDepth;
       const auto put = [&](int64_t group, int64_t at, uint32_t part) {  // group: of `steps` tiles
-        row[(group * plan.steps + at / kTileDepth) * kTileValues + at % kTileDepth] = static_cast<Half>(part >> 16);
+        row[(group * plan.steps + at / kTileDepth) * kTileValues + at % kTileDepth] =
+            static_cast<Half>(part >> 16);
       };
       int64_t c = 0, ky = 0, kx = 0;
       for (int64_t d = 0; d < depth; d += kLanes) {
