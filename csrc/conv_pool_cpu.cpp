@@ -125,10 +125,11 @@ Results forward_half(const Call& call, const Tensor& x, const Tensor& weight, co
     Results r = forward(widened(x), widened(weight), widened(bias), config, train);
     return Results{rounded(r.y), r.code, rounded(r.kept)};
   };
-  if (call.average || !tiles_serve(s)) return by_float();
+  const bool by_columns = columns_pay(s);
+  if (call.average || !(by_columns || tiles_serve(s))) return by_float();
   const Results r = empty_results(call, x, train);
   const OptionalTensor shift = widened(bias);
-  const auto& kernel = tiles()->bf16;
+  const auto& kernel = by_columns ? tiles()->columns_bf16 : tiles()->bf16;
   std::optional<Results> again;
   run_panels<uint16_t>(kernel, s, x, weight, false, data<float>(get(shift)), {&r.y, get(r.code), get(r.kept)},
                        [&](int64_t from, int64_t to) {
