@@ -1,6 +1,7 @@
 """The oracle (torch.nn in float64), the rule of error, and the proof of which backend ran."""
 
 import contextlib
+import functools
 import os
 import struct
 
@@ -207,6 +208,14 @@ def stock_conv_pool2d(
     if pool == "none":
         return y
     return pools[pool](pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)(y)
+
+
+def conv_pool2d_functions(**options):
+    """(ours, stock)"""
+    return (
+        functools.partial(cx.functional.conv_pool2d, **options),
+        functools.partial(stock_conv_pool2d, **options),
+    )
 
 
 # The NaN whose bits are all ones: added to as a whole number, it becomes 0.

@@ -3,12 +3,10 @@
 Elsewhere they run on the direct kernels.
 """
 
-import functools
-
 import pytest
 import torch
 from _kernel_program import run_kernel_program
-from _oracle import check_equal, compare, conv_tensors, stock_conv_pool2d, whole
+from _oracle import check_equal, compare, conv_pool2d_functions, conv_tensors, whole
 
 import cnnrnn_ext as cx
 
@@ -37,14 +35,6 @@ CONFIGS = {
 }
 
 
-def functions(**options):
-    """(ours, stock)"""
-    return (
-        functools.partial(cx.functional.conv_pool2d, **options),
-        functools.partial(stock_conv_pool2d, **options),
-    )
-
-
 def test_emulated_registers(compiled, tmp_path):
     """The kernels' own source on any machine, against plain loops and at the edges of memory."""
     defines = ["-DCNNRNN_EMULATE_512", "-DCNNRNN_EMULATE_AMX"]
@@ -57,14 +47,14 @@ def test_emulated_registers(compiled, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_against_torch(compiled, name):
     shape, options = CONFIGS[name]
-    compare(*functions(**options), conv_tensors(*shape), "compiled", OPS)
+    compare(*conv_pool2d_functions(**options), conv_tensors(*shape), "compiled", OPS)
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize("name", ["VGG", "ResNet", "odd", "waveform"])
 def test_whole_numbers_are_exact(compiled, name):
     shape, options = CONFIGS[name]
-    check_equal(*functions(**options), whole(conv_tensors(*shape)), "compiled", OPS, wanted=[])
+    check_equal(*conv_pool2d_functions(**options), whole(conv_tensors(*shape)), "compiled", OPS, wanted=[])
 
 
 @pytest.mark.isa
@@ -73,7 +63,7 @@ def test_whole_numbers_are_exact(compiled, name):
 def test_what_has_no_parts(compiled, name, value):
     """One such value shows where torch has it, and in no other image."""
     shape, options = CONFIGS[name]
-    ours, stock = functions(**options)
+    ours, stock = conv_pool2d_functions(**options)
     tensors = conv_tensors(*shape)
     alone = ours(**tensors | {"input": tensors["input"][:1]})
     tensors["input"][1, 0, 0, 21] = value
@@ -89,7 +79,7 @@ def test_what_has_no_parts(compiled, name, value):
 @pytest.mark.parametrize("name", ["VGG", "ResNet", "long and low"])
 def test_batch_threads_and_training_change_nothing(compiled, name):
     shape, options = CONFIGS[name]
-    ours, _ = functions(**options)
+    ours, _ = conv_pool2d_functions(**options)
     tensors = conv_tensors(5, *shape[1:])
     threads = torch.get_num_threads()
     try:

@@ -3,7 +3,6 @@
 Where a machine has no tile registers they run on the other kernels.
 """
 
-import functools
 import itertools
 
 import pytest
@@ -14,6 +13,7 @@ from _oracle import (
     check_equal,
     check_error,
     compare,
+    conv_pool2d_functions,
     conv_tensors,
     expected_kernel,
     stock_conv_pool2d,
@@ -47,14 +47,6 @@ CONFIGS = {
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def functions(**options):
-    """(ours, stock)"""
-    return (
-        functools.partial(cx.functional.conv_pool2d, **options),
-        functools.partial(stock_conv_pool2d, **options),
-    )
-
-
 def tensors_of(shape, layout="NCHW", dtype=torch.float32):
     tensors = {name: t.to(dtype) for name, t in conv_tensors(*shape).items()}
     tensors["input"] = tensors["input"].contiguous(memory_format=LAYOUTS[layout])
@@ -74,7 +66,7 @@ def test_emulated_registers(compiled, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_against_torch(compiled, name, layout):
     shape, options = CONFIGS[name]
-    (y,) = compare(*functions(**options), tensors_of(shape, layout), "compiled", OPS)
+    (y,) = compare(*conv_pool2d_functions(**options), tensors_of(shape, layout), "compiled", OPS)
     assert y.is_contiguous(memory_format=LAYOUTS[layout])
 
 
@@ -82,7 +74,7 @@ def test_against_torch(compiled, name, layout):
 @pytest.mark.parametrize("name", ["5x5, odd", "stride 2", "row of text"])
 def test_whole_numbers_are_exact(compiled, name):
     shape, options = CONFIGS[name]
-    check_equal(*functions(**options), whole(tensors_of(shape)), "compiled", OPS, wanted=[])
+    check_equal(*conv_pool2d_functions(**options), whole(tensors_of(shape)), "compiled", OPS, wanted=[])
 
 
 @pytest.mark.isa
@@ -93,7 +85,7 @@ def test_inference_without_a_pool(compiled, name, layout):
     shape, options = CONFIGS[name]
     options = {k: v for k, v in options.items() if not k.startswith(("pool", "ceil"))} | {"pool": "none"}
     mode = "compiled" if expected_kernel() == "cpu/amx" else "reference"
-    compare(*functions(**options), tensors_of(shape, layout), mode, OPS, wanted=[])
+    compare(*conv_pool2d_functions(**options), tensors_of(shape, layout), mode, OPS, wanted=[])
 
 
 @pytest.mark.isa
@@ -103,7 +95,7 @@ def test_inference_without_a_pool(compiled, name, layout):
 def test_what_has_no_parts(compiled, name, dtype, value):
     """One such value shows where torch has it, and in no other image."""
     shape, options = CONFIGS[name]
-    ours, stock = functions(**options)
+    ours, stock = conv_pool2d_functions(**options)
     tensors = tensors_of(shape, dtype=dtype)
     tensors["weight"][0] = 0
     alone = ours(**tensors | {"input": tensors["input"][:1]})
@@ -125,7 +117,7 @@ def test_what_has_no_parts(compiled, name, dtype, value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_position_and_repetition_change_nothing(compiled, dtype):
     shape, options = CONFIGS["5x5"]
-    ours, _ = functions(**options)
+    ours, _ = conv_pool2d_functions(**options)
     tensors = tensors_of((9, *shape[1:]), dtype=dtype)
     with cx.backend("compiled"):
         together = ours(**tensors)
@@ -154,9 +146,7 @@ def check_alone(ours, tensors):
     """By our kernels an image alone gives the bits that it has in the batch. Returns the batch's outputs."""
     with cx.trace() as log:
         together = ours(**tensors)
-    if (
-        log[0].backend == "reference"
-    ):  # torch's kernels, which promise no bits, unless there are tile registers
+    if log[0].backend == "reference":  # torch's kernels promise no bits
         assert not has_tiles()
         return together
     integers = torch.int32 if together.dtype == torch.float32 else torch.int16
@@ -173,7 +163,7 @@ def check_alone(ours, tensors):
 def test_small_maps_of_many_images(compiled, name, dtype, layout):
     """Where images share tiles, what meets padding is left out: no bit tells."""
     shape, options = SMALL_MAPS[name]
-    ours, stock = functions(**options)
+    ours, stock = conv_pool2d_functions(**options)
     tensors = tensors_of((35, *shape), layout, dtype)
     tensors["input"][3] = 0
     tensors["bias"][:2] = torch.tensor([-0.0, 0.0])
@@ -188,7 +178,7 @@ def test_small_maps_of_many_images(compiled, name, dtype, layout):
 def test_weights_without_parts_in_small_maps(compiled, name, tap, value):
     """A weight that some pixels, or all, would multiply by padding."""
     shape, options = SMALL_MAPS[name]
-    ours, _ = functions(**options)
+    ours, _ = conv_pool2d_functions(**options)
     tensors = tensors_of((16, *shape))
     tensors["weight"][1, 2].view(-1)[tap] = value
     check_alone(ours, tensors)
@@ -215,7 +205,7 @@ def test_bfloat16_inference(compiled, name, layout):
     tensors = tensors_of(shape, layout, torch.bfloat16)
     if options.get("groups"):
         tensors["weight"] = tensors["weight"][:, : shape[1] // options["groups"]]
-    ours, stock = functions(**options)
+    ours, stock = conv_pool2d_functions(**options)
     with cx.backend("compiled"), cx.trace() as log:
         y = ours(**tensors)
     assert [call.kernel for call in log] == [expected_kernel()]
@@ -235,7 +225,7 @@ def test_bfloat16_gradients(compiled, name):
     shape, options = BFLOAT16[name]
     tensors = whole(tensors_of(shape, dtype=torch.bfloat16), -1, 2)
     mode = "reference" if expected_kernel() == "cpu/amx" else "compiled"
-    compare(*functions(**options), tensors, mode, OPS)
+    compare(*conv_pool2d_functions(**options), tensors, mode, OPS)
 
 
 @pytest.mark.parametrize(("train", "pool"), [*itertools.product([False, True], ["max", "none"])])
@@ -245,7 +235,7 @@ def test_autocast(mode, train, pool):
     tensors = conv_tensors(*shape)
     for t in tensors.values():
         t.requires_grad_(train)
-    ours, _ = functions(padding=2, pool=pool)
+    ours, _ = conv_pool2d_functions(padding=2, pool=pool)
     with cx.backend("auto" if mode == "compiled" else mode), torch.autocast("cpu", torch.bfloat16):
         y = ours(**tensors)
     assert y.dtype == torch.bfloat16

@@ -3,7 +3,6 @@
 The kernels' own source is tested on any machine; the operator where the processor has the registers.
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -14,15 +13,13 @@ from _oracle import (
     NAN_OF_ONES,
     check_equal,
     compare,
+    conv_pool2d_functions,
     conv_tensors,
     expected_kernel,
     outputs_and_gradients,
     running_on,
-    stock_conv_pool2d,
     whole,
 )
-
-import cnnrnn_ext as cx
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: an installed cnnrnn_ext keeps its place
 
@@ -64,9 +61,7 @@ def on_tiles(compiled):
 
 def functions(**options):
     """(ours, stock)"""
-    options = {"pool": "none"} | options
-    ours = functools.partial(cx.functional.conv_pool2d, **options)
-    return ours, functools.partial(stock_conv_pool2d, **options)
+    return conv_pool2d_functions(**{"pool": "none"} | options)
 
 
 def tensors_of(shape, layout="NCHW", dtype=torch.float32):
