@@ -113,7 +113,7 @@ struct ColumnsRun {
   ColumnsPool<P, Q, kCodes> pool;
   ColumnsWrite<P, T> write;
   const int64_t product_count;
-  ColumnsStrip last[3];  // strips: one is written, one pooled, one computed
+  ColumnsStrip recent[3];  // strips: one is written, one pooled, one computed
   int64_t strips = 0, blocks = 0;
 
   ColumnsRun(const ConvPoolShape& s, const ColumnsPlan<P>& plan, const ColumnsMemory<P>& memory, T* y,
@@ -124,9 +124,6 @@ struct ColumnsRun {
         pool{s, plan, memory.positions, not_finite},
         write(s, plan, y, code, kept),
         product_count(plan.fill_products(memory.products)) {
-    for (TileProduct* p = memory.products; p < memory.products + product_count; ++p)
-      if (p->b >= 0)
-        p->b = static_cast<int32_t>(p->b / plan.steps * plan.plane + p->b % plan.steps * kTileValues);
     // What follows the last row of a strip meets weights of 0.
     for (int64_t i = 0; i < plan.b_columns() * plan.planes; ++i) {
       const int64_t end = plan.in_rows * plan.pairs * kTileDepth;
@@ -175,7 +172,7 @@ struct ColumnsRun {
 
   // The outputs of a strip, whose input has been filled; weights and shift: of the first of them.
   void compute(ColumnsStrip strip_at, const Half* weights, const float* shift) {
-    ColumnsStrip& strip = last[strips % 3];
+    ColumnsStrip& strip = recent[strips % 3];
     strip = strip_at;
     strip.ys = memory.ys[strips % 2], strip.codes = memory.codes[strips % 2];
     ++strips;

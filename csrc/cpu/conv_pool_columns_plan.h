@@ -10,9 +10,9 @@ constexpr int64_t kColumnsPanel = 8;                // tiles of outputs that sha
 constexpr int64_t kColumnsOutputs = 2 * kTileSide;  // that share a map
 constexpr int64_t kColumnsBytes = 448 << 10;        // of a strip: its input, its map, its windows
 constexpr int64_t kBlockTiles = 4;                  // tiles of pixels of a block, where it is not a strip
-constexpr int64_t kMostColumnsSteps = 16;           // of one sum: a longer one would lose digits
 
-// A product of tiles: of those of A and B that a tile of outputs and one of pixels have; -1: the one before.
+// A product of tiles: which of A of a tile of outputs, and how many halves of B after the first of a tile of
+// pixels; -1: the one before.
 struct TileProduct {
   int32_t a, b;
 };
@@ -106,21 +106,26 @@ struct ColumnsPlan {
   int64_t a_tiles() const { return P * steps; }
   int64_t tile_size() const { return a_tiles() * kTileValues; }  // halves of the weights of a tile of outputs
 
-  // The products of an output: small ones first. Those of B are numbered by plane, then step.
+  // The products of an output: small ones first.
   static constexpr int64_t most_products(int64_t steps) { return P * (P + 1) / 2 * steps; }
   int64_t fill_products(TileProduct* to) const {
     const TileProduct* const first = to;
-    const int32_t count = static_cast<int32_t>(steps);
-    const auto put = [&](int32_t a, int32_t b) { *to++ = {a, b}; };
+    constexpr int64_t kSame = -1;
+    const auto w = [&](int64_t group, int64_t step) { return group * steps + step; };
+    const auto x = [&](int64_t part, int64_t step) { return part * plane + step * kTileValues; };
+    const auto put = [&](int64_t a, int64_t b) {
+      *to++ = {static_cast<int32_t>(a), static_cast<int32_t>(b)};
+    };
     // Parts x2 x1 x0 one below the other meet w0 w1 w2, then 0 w0 w1, then 0 0 w0.
-    for (int32_t shift = 0; stacked && shift < P; ++shift)
-      for (int32_t i = 0; i < count; ++i) put(shift * count + i, i);
+    for (int64_t shift = 0; stacked && shift < P; ++shift)
+      for (int64_t i = 0; i < steps; ++i) put(w(shift, i), x(0, i));
     if (stacked) return to - first;
-    for (int32_t i = 0; P == 3 && i < count; ++i) {
-      const int32_t w0 = i, w1 = count + i, w2 = 2 * count + i, x0 = i, x1 = count + i, x2 = 2 * count + i;
-      put(w2, x0), put(w1, -1), put(-1, x1), put(w0, -1), put(-1, x2);
+    for (int64_t i = 0; P == 3 && i < steps; ++i) {
+      put(w(2, i), x(0, i)), put(w(1, i), kSame);
+      put(kSame, x(1, i)), put(w(0, i), kSame);
+      put(kSame, x(2, i));
     }
-    for (int32_t i = 0; i < count; ++i) put(i, i);
+    for (int64_t i = 0; i < steps; ++i) put(w(0, i), x(0, i));
     return to - first;
   }
 };
